@@ -25,22 +25,23 @@ def generator(seed: int, purpose: str, epoch: int = 0, sample_id: str = "") -> n
 
 
 def normal(
-    shape: Sequence[int], seed: int, purpose: str, epoch: int, ids: Sequence[str]
+    shape: Sequence[int], seed: int, purpose: str, epochs: Sequence[int], ids: Sequence[str]
 ) -> Tensor:
-    """Standard normal draws, one row per sample id: (len(ids), *shape) float32 on the CPU."""
+    """Standard normal draws, one row per (epoch, sample id): (len(ids), *shape) float32, CPU."""
     import torch
 
     rows = np.empty((len(ids), *shape), dtype=np.float32)
-    for row, sample_id in zip(rows, ids, strict=True):
+    for row, epoch, sample_id in zip(rows, epochs, ids, strict=True):
         generator(seed, purpose, epoch, sample_id).standard_normal(out=row, dtype=np.float32)
     return torch.from_numpy(rows)
 
 
-def uniform(seed: int, purpose: str, epoch: int, ids: Sequence[str]) -> Tensor:
-    """One draw in [0, 1) per sample id: (len(ids),) float64 on the CPU."""
+def uniform(seed: int, purpose: str, epochs: Sequence[int], ids: Sequence[str]) -> Tensor:
+    """One draw in [0, 1) per (epoch, sample id): (len(ids),) float64 on the CPU."""
     import torch
 
-    draws = [generator(seed, purpose, epoch, sample_id).random() for sample_id in ids]
+    pairs = zip(epochs, ids, strict=True)
+    draws = [generator(seed, purpose, epoch, sample_id).random() for epoch, sample_id in pairs]
     return torch.tensor(draws, dtype=torch.float64)
 
 

@@ -66,6 +66,8 @@ class Batch:
     Args:
         ids: sample ids, B of them.
         weight: (B,) float32, 1 for a good sample and 0 for one set aside.
+        epochs: the epoch of each sample, which its random draws depend on.
+        positions: where each sample stands in the step's global batch, over all ranks.
         pixels: (B, 3, H, W) float32 in [-1, 1], or None when `moments` is given.
         captions: B captions, or None when `text` is given.
         moments: (B, 2C, h, w) posterior mean and log-variance, or None.
@@ -74,6 +76,8 @@ class Batch:
 
     ids: tuple[str, ...]
     weight: Tensor
+    epochs: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
     pixels: Tensor | None = None
     captions: tuple[str, ...] | None = None
     moments: Tensor | None = None

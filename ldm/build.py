@@ -1,0 +1,206 @@
+"""The only file that turns configuration into objects.
+
+Random initialisations draw from a forked generator seeded by the run's seed: global state is left
+alone and the same configuration always builds the same weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from ldm.checkpoint import find_checkpoint, load_strict, load_tensors
+from ldm.config.schema import (
+    DataConfig,
+    DiffusionConfig,
+    DitConfig,
+    TextConfig,
+    UNetModelConfig,
+    VaeModelConfig,
+    VaeRef,
+)
+from ldm.data.sources import SourceSpec, open_source
+from ldm.diffusion.core import Diffusion
+from ldm.diffusion.prediction import PREDICTIONS
+from ldm.diffusion.process import PROCESSES
+from ldm.errors import ExitCode, LdmError
+from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.models.dit import DiT, DiTConfig
+from ldm.models.text import HuggingFaceTextEncoder, load_text_encoder, random_text_encoder
+from ldm.models.unet import UNet2DCondition, UNetConfig
+from ldm.storage import read_json
+from ldm.types import Source
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def seeded(make: Callable[[], M], seed: int) -> M:
+    """`make()` with torch's generator seeded inside and restored afterwards."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
+
+
+def build_vae(config: VaeModelConfig, seed: int) -> AutoencoderKL:
+    """A VAE with random weights."""
+    return seeded(
+        lambda: AutoencoderKL(
+            AutoencoderConfig(
+                latent_channels=config.latent_channels,
+                block_out_channels=config.block_out_channels,
+                layers_per_block=config.layers_per_block,
+                norm_num_groups=config.norm_num_groups,
+                mid_block_add_attention=config.mid_block_add_attention,
+                scaling_factor=1.0,
+            )
+        ),
+        seed,
+    )
+
+
+def load_vae(ref: VaeRef, seed: int) -> AutoencoderKL:
+    """The frozen VAE of a diffusion run: from a run, a checkpoint or a diffusers directory.
+
+    Raises:
+        LdmError: code IO when there is none at `ref.path`, or it is damaged.
+    """
+    if ref.path is None:
+        return freeze(build_vae(ref.random, seed))
+    return load_vae_directory(_component(Path(ref.path), "vae"))
+
+
+def load_vae_directory(folder: Path) -> AutoencoderKL:
+    """A VAE from a directory with config.json and safetensors, in diffusers' layout."""
+    config = AutoencoderConfig.from_diffusers(read_json(folder / "config.json"))
+    return freeze(_with_weights(lambda: AutoencoderKL(config), folder))
+
+
+def load_denoiser(checkpoint: Path) -> tuple[nn.Module, str]:
+    """The denoiser of a checkpoint and the name of its folder, `unet` or `transformer`."""
+    for name in ("transformer", "unet"):
+        folder = checkpoint / name
+        if (folder / "config.json").is_file():
+            values = read_json(folder / "config.json")
+            return freeze(_with_weights(lambda: _denoiser_of(values), folder)), name
+    raise LdmError(
+        "there is no denoiser here: neither transformer/config.json nor unet/config.json",
+        where=str(checkpoint),
+        fix="give a run directory that train_diffusion.py wrote",
+        code=ExitCode.IO,
+    )
+
+
+def build_denoiser(
+    config: DitConfig | UNetModelConfig,
+    *,
+    channels: int,
+    text: HuggingFaceTextEncoder,
+    seed: int,
+) -> nn.Module:
+    """A denoiser with fresh weights that fits the latents and the text encoder."""
+    if isinstance(config, DitConfig):
+        dit = DiTConfig(
+            in_channels=channels,
+            patch_size=config.patch_size,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_layers,
+            head_dim=config.head_dim,
+            mlp_ratio=config.mlp_ratio,
+            text_dim=text.width,
+            pooled_dim=text.pooled_width if config.pooled else None,
+        )
+        return seeded(lambda: DiT(dit), seed)
+    unet = UNetConfig(
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        down_block_types=tuple(
+            "CrossAttnDownBlock2D" if a else "DownBlock2D" for a in config.attention_levels
+        ),
+        up_block_types=tuple(
+            "CrossAttnUpBlock2D" if a else "UpBlock2D" for a in reversed(config.attention_levels)
+        ),
+        attention_head_dim=config.heads,
+        cross_attention_dim=text.width,
+        norm_num_groups=config.norm_num_groups,
+    )
+    return seeded(lambda: UNet2DCondition(unet), seed)
+
+
+def load_text(config: TextConfig, captions: Sequence[str], seed: int) -> HuggingFaceTextEncoder:
+    """The frozen text encoder; without a path, an untrained small one over these captions."""
+    if config.path is None:
+        encoder = random_text_encoder(captions, width=config.random_width, seed=seed)
+        encoder.too_long = config.too_long
+        return encoder
+    root = Path(config.path)
+    path = find_checkpoint(root) if root.is_dir() and any(root.glob("step-*")) else config.path
+    return load_text_encoder(path, max_tokens=config.max_tokens, too_long=config.too_long)
+
+
+def build_diffusion(config: DiffusionConfig) -> Diffusion:
+    """The process and parameterisation of an experiment."""
+    needs_std = config.prediction == "edm" or config.process == "edm"
+    return Diffusion(
+        PROCESSES[config.process],
+        PREDICTIONS[config.prediction],
+        data_std=config.data_std if needs_std else None,
+    )
+
+
+def open_data(config: DataConfig, seed: int) -> Source:
+    """The data set of an experiment, held-out pictures included."""
+    return open_source(
+        SourceSpec(
+            source=config.source,
+            path=config.path,
+            split=config.split,
+            caption_column=config.caption_column,
+            image_column=config.image_column,
+            count=config.count,
+            image_px=config.image_px,
+            seed=seed,
+            missing_caption=config.missing_caption,
+        )
+    )
+
+
+def freeze(model: M) -> M:
+    """Evaluation mode, no gradients."""
+    return model.eval().requires_grad_(False)
+
+
+def _component(path: Path, name: str) -> Path:
+    if (path / "config.json").is_file():
+        return path
+    if (path / name / "config.json").is_file():
+        return path / name
+    return find_checkpoint(path) / name
+
+
+def _with_weights(make: Callable[[], M], folder: Path) -> M:
+    model = seeded(make, 0)
+    load_strict(model, load_tensors(folder / WEIGHTS), str(folder / WEIGHTS))
+    return model
+
+
+def _denoiser_of(values: dict[str, object]) -> nn.Module:
+    kind = values.get("_class_name")
+    if kind == "LdmDiT":
+        return DiT(DiTConfig.from_json(values))
+    if kind == "UNet2DConditionModel":
+        return UNet2DCondition(UNetConfig.from_diffusers(values))
+    raise LdmError(
+        f"unknown denoiser class {kind!r}",
+        where="config.json",
+        fix=f"known: {json.dumps(['LdmDiT', 'UNet2DConditionModel'])}",
+        code=ExitCode.IO,
+    )

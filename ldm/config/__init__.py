@@ -1,0 +1,1 @@
+"""Configuration: the schema, the rules between fields, and the reader of YAML files."""

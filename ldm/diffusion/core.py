@@ -1,0 +1,120 @@
+"""One process and one prediction together: targets for training, x0 for sampling.
+
+The only place that knows how a network's output relates to x0. No randomness, no loops.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ldm.diffusion.names import missing_std_error, singular_error
+from ldm.diffusion.prediction import PREDICTIONS, Prediction
+from ldm.diffusion.process import Process
+from ldm.errors import LdmError
+from ldm.types import Denoiser, Level, TextEmbedding
+
+SIGMA_FLOOR = 1e-12
+"""Stands for sigma = 0, where the solutions of some rows are 0 / 0 with a finite limit."""
+GAIN_CEILING = 1e6
+"""A pair that multiplies the network's error by more than this anywhere is singular."""
+INPUT_STD_CEILING = 10.0
+"""Without data_std a network sees x_t itself; beyond this scale it cannot be trained."""
+
+
+def over(coefficients: Tensor, x: Tensor) -> Tensor:
+    """Coefficients (B,) or () shaped to multiply x (B, ...), on its device and in its dtype."""
+    return coefficients.to(x.device, x.dtype).reshape(-1, *[1] * (x.ndim - 1))
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """What a network's numbers mean.
+
+    Args:
+        process: how data turns into noise.
+        prediction: what the network predicts.
+        data_std: standard deviation of x0. When given, the network's input is scaled to unit
+            variance (EDM's c_in); None feeds x_t itself.
+    """
+
+    process: Process
+    prediction: Prediction
+    data_std: float | None = None
+
+    def row(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) of y = a x0 + b eps, of the shape of alpha, float64."""
+        sigma = sigma.clamp(min=SIGMA_FLOOR)
+        return self.prediction.row(alpha, sigma, 1.0 if self.data_std is None else self.data_std)
+
+    def solution(self, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """(c, d) of x0 = c x_t + d y: the first line of the inverse of the 2x2 system.
+
+        c = b / det and d = -sigma / det with det = alpha b - sigma a; finite at both ends of every
+        admissible pair.
+        """
+        a, b = self.row(alpha, sigma)
+        sigma = sigma.clamp(min=SIGMA_FLOOR)
+        determinant = alpha * b - sigma * a
+        return b / determinant, -sigma / determinant
+
+    def target(self, x0: Tensor, eps: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """What the network should say: y (B, ...) for x0, eps (B, ...) at alpha, sigma (B,)."""
+        a, b = self.row(alpha, sigma)
+        return over(a, x0) * x0 + over(b, x0) * eps
+
+    def x0(self, x: Tensor, y: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """The clean data (B, ...) implied by x_t and the network's y at alpha, sigma (B,)."""
+        c, d = self.solution(alpha, sigma)
+        return over(c, x) * x + over(d, x) * y
+
+    def x0_gain(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """Squared error of x0 per squared error of y, (B,): 1 / SNR for eps, 1 for x0."""
+        return self.solution(alpha, sigma)[1].square()
+
+    def input_scale(self, alpha: Tensor, sigma: Tensor) -> Tensor:
+        """EDM's c_in, (B,): what x_t is multiplied by before the network sees it."""
+        if self.data_std is None:
+            return torch.ones_like(alpha)
+        return 1 / torch.hypot(alpha * self.data_std, sigma)
+
+    def denoise(self, net: Denoiser, x: Tensor, level: Level, text: TextEmbedding) -> Tensor:
+        """The network's x0 for x_t (B, ...) at one level: float64 for float64, else float32."""
+        x = x if x.dtype == torch.float64 else x.float()
+        alpha = torch.tensor(level.alpha, dtype=torch.float64)
+        sigma = torch.tensor(level.sigma, dtype=torch.float64)
+        # plain numbers from CPU scalars: a device tensor here would make every step wait
+        c, d = (float(part) for part in self.solution(alpha, sigma))
+        scale = float(self.input_scale(alpha, sigma))
+        told = float(self.process.told(torch.tensor(level.t, dtype=torch.float64)))
+        t = torch.full((len(x),), told, device=x.device, dtype=x.dtype)
+        return c * x + d * net(scale * x, t, text).to(x.dtype)
+
+    def check(self) -> None:
+        """Refuses a pair from which x0 cannot be recovered at every time.
+
+        Raises:
+            LdmError: the determinant vanishes, or data_std is missing; names a legal choice.
+        """
+        t = torch.linspace(0, self.process.t_max, 1001, dtype=torch.float64)
+        alpha, sigma = self.process.coefficients(t)
+        loud = bool(torch.hypot(alpha, sigma).max() > INPUT_STD_CEILING)
+        if self.data_std is None and (loud or self.prediction.needs_data_std):
+            raise missing_std_error(self.process.name, self.prediction.name)
+        gains = torch.stack(self.solution(alpha, sigma)).abs().amax(0).nan_to_num(nan=torch.inf)
+        worst = int(gains.argmax())
+        if gains[worst] > GAIN_CEILING:
+            reason = f"alpha({float(t[worst]):g})={float(alpha[worst]):g}"
+            legal = tuple(p.name for p in PREDICTIONS.values() if admissible(self.process, p))
+            raise singular_error(self.process.name, self.prediction.name, reason, legal)
+
+
+def admissible(process: Process, prediction: Prediction) -> bool:
+    """Whether the determinant lets x0 be recovered at every time, given a data_std."""
+    try:
+        Diffusion(process, prediction, data_std=1.0).check()
+    except LdmError:
+        return False
+    return True

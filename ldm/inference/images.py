@@ -1,0 +1,212 @@
+"""Pictures with the request that made them: display, grids, PNG metadata. Loads no torch."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, PngImagePlugin
+
+from ldm import __version__
+from ldm.errors import ExitCode, LdmError
+from ldm.storage import write_bytes
+
+METADATA_KEY = "ldm"
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that decides one picture, given the model."""
+
+    prompt: str
+    negative: str | None
+    seed: int
+    steps: int
+    sampler: str
+    spacing: str
+    shift: float
+    cfg_scale: float
+    rescale: float
+    interval: tuple[float, float]
+    eta: float
+    height: int
+    width: int
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Request:
+        """The inverse of `asdict`.
+
+        Raises:
+            LdmError: when a field is missing or unknown.
+        """
+        names = {field.name for field in fields(cls)}
+        if values.keys() != names:
+            raise LdmError(
+                f"the stored request has other fields than this version knows: "
+                f"{sorted(values.keys() ^ names)}",
+                where="metadata",
+                fix=f"use the version of ldm that made the picture (this is {__version__})",
+            )
+        return cls(**{**values, "interval": tuple(values["interval"])})
+
+    def settings(self) -> tuple[object, ...]:
+        """What pictures must share to be drawn in one batch."""
+        return (
+            self.negative, self.steps, self.sampler, self.spacing, self.shift, self.cfg_scale,
+            self.rescale, self.interval, self.eta, self.height, self.width,
+        )
+
+    def parameters(self, model: str) -> str:
+        """The text that picture browsers for Stable Diffusion read from the chunk `parameters`."""
+        negative = f"\nNegative prompt: {self.negative}" if self.negative else ""
+        return (
+            f"{self.prompt}{negative}\nSteps: {self.steps}, Sampler: {self.sampler}, "
+            f"CFG scale: {self.cfg_scale:g}, Seed: {self.seed}, "
+            f"Size: {self.width}x{self.height}, Model hash: {model[:10]}"
+        )
+
+
+@dataclass(frozen=True)
+class Pictures(Sequence[Image.Image]):
+    """Drawn pictures; shows itself in a notebook.
+
+    Args:
+        images: RGB pictures.
+        requests: what each was asked for.
+        model: identity of the model that drew them.
+        model_path: where that model was loaded from.
+    """
+
+    images: tuple[Image.Image, ...]
+    requests: tuple[Request, ...]
+    model: str
+    model_path: str
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.images[index]
+
+    def __iter__(self) -> Iterator[Image.Image]:
+        return iter(self.images)
+
+    def grid(self, columns: int | None = None) -> Image.Image:
+        """All pictures on one sheet."""
+        return grid(self.images, columns)
+
+    def save(self, directory: Path | str, *, start: int | None = None) -> list[Path]:
+        """Writes PNG files with their requests inside; never overwrites one.
+
+        Args:
+            directory: created when missing.
+            start: number of the first file; None takes the next free number.
+        """
+        folder = Path(directory)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LdmError(
+                f"cannot create the folder ({error.strerror})",
+                where=str(folder),
+                fix="give another --out",
+                code=ExitCode.IO,
+            ) from None
+        taken = [int(p.stem) for p in folder.glob("*.png") if p.stem.isdigit()]
+        number = max(taken, default=-1) + 1 if start is None else start
+        paths = []
+        for offset, (image, request) in enumerate(zip(self.images, self.requests, strict=True)):
+            path = folder / f"{number + offset:05d}.png"
+            write_bytes(path, png(image, request, self.model, self.model_path))
+            paths.append(path)
+        return paths
+
+    def _repr_png_(self) -> bytes:
+        return _encode(self.grid())
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f'<figure style="display:inline-block;margin:4px;max-width:{max(i.width, 160)}px">'
+            f'<img src="data:image/png;base64,{base64.b64encode(_encode(i)).decode()}"/>'
+            f'<figcaption style="font-size:small">{_escape(r.prompt)} · seed {r.seed}</figcaption>'
+            "</figure>"
+            for i, r in zip(self.images, self.requests, strict=True)
+        )
+        return f"<div>{cells}</div>"
+
+
+def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
+    """Pictures side by side on a light sheet, as square as possible unless `columns` is given."""
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
+    width, height = max(i.width for i in images), max(i.height for i in images)
+    sheet = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "#ddd")
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        sheet.paste(image, (gap + column * (width + gap), gap + row * (height + gap)))
+    return sheet
+
+
+def png(image: Image.Image, request: Request, model: str, model_path: str) -> bytes:
+    """PNG bytes that carry the whole request, for people's tools and for `ldm replay`."""
+    facts = {
+        "version": __version__,
+        "model": model,
+        "model_path": model_path,
+        "request": asdict(request),
+    }
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_itxt("parameters", request.parameters(model))
+    chunks.add_itxt(METADATA_KEY, json.dumps(facts, ensure_ascii=False))
+    return _encode(image, chunks)
+
+
+def read_request(path: Path) -> tuple[Request, str, str]:
+    """The request, model identity and model path inside a picture that `ldm infer` wrote.
+
+    Raises:
+        LdmError: code IO for an unreadable file, USAGE for a picture without a request.
+    """
+    try:
+        with Image.open(path, formats=["PNG"]) as image:
+            image.load()
+            text = image.text.get(METADATA_KEY)  # type: ignore[attr-defined]
+    except FileNotFoundError:
+        raise LdmError(
+            "no such file", where=str(path), fix="give a PNG that `ldm infer` wrote",
+            code=ExitCode.IO,
+        ) from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise LdmError(
+            f"this is not a readable PNG ({error})", where=str(path),
+            fix="give a PNG that `ldm infer` wrote", code=ExitCode.IO,
+        ) from None
+    if text is None:
+        raise LdmError(
+            "the picture carries no request", where=str(path),
+            fix="give a PNG that `ldm infer` wrote; other tools may have removed its metadata",
+        )
+    try:
+        facts = json.loads(text)
+        return Request.from_json(facts["request"]), facts["model"], facts["model_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise LdmError(
+            f"the request inside the picture is damaged ({error})", where=str(path),
+            fix="draw the picture again",
+        ) from None
+
+
+def _encode(image: Image.Image, chunks: PngImagePlugin.PngInfo | None = None) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", pnginfo=chunks)
+    return buffer.getvalue()
+
+
+def _escape(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

@@ -1,0 +1,309 @@
+"""From a run directory and a prompt to pictures. Knows nothing of training.
+
+Every picture has its own seed and its own noise, drawn on the CPU, so picture k of a batch is the
+picture that its seed gives alone, on any device.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm.build import load_denoiser, load_vae_directory
+from ldm.checkpoint import Contract, find_checkpoint, load_contract, load_null
+from ldm.diffusion.core import Diffusion
+from ldm.diffusion.guidance import classifier_free
+from ldm.diffusion.names import named
+from ldm.diffusion.prediction import PREDICTIONS
+from ldm.diffusion.process import PROCESSES
+from ldm.diffusion.samplers import SAMPLERS, start
+from ldm.diffusion.schedule import SPACINGS, levels
+from ldm.errors import ExitCode, LdmError
+from ldm.inference.images import Pictures, Request
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.text import HuggingFaceTextEncoder, load_text_encoder
+from ldm.randomness import normal
+from ldm.types import TextEmbedding
+
+MAX_STEPS, MAX_SIDE, MAX_PICTURES = 1000, 4096, 100_000
+
+log = logging.getLogger(__name__)
+
+
+class Pipeline:
+    """A trained model, ready to draw.
+
+    Args:
+        vae: decodes latents.
+        encoder: embeds prompts.
+        net: the denoiser.
+        null: embedding of the empty prompt, (1, L, D), as used in training.
+        contract: what the weights mean.
+        name: where the model came from, for metadata.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKL,
+        encoder: HuggingFaceTextEncoder,
+        net: nn.Module,
+        null: TextEmbedding,
+        contract: Contract,
+        name: str = "",
+    ) -> None:
+        self.vae, self.encoder, self.net, self.null = vae, encoder, net, null
+        self.contract, self.name = contract, name
+        self.diffusion = Diffusion(
+            named("process", PROCESSES, contract.process),
+            named("prediction", PREDICTIONS, contract.prediction),
+            contract.data_std,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: Path | str,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Pipeline:
+        """Loads the newest verified checkpoint of a run, or one checkpoint.
+
+        Args:
+            path: run directory, or a step directory inside one.
+            device: where to draw; None takes a GPU when there is one.
+            dtype: of the weights; the state of the sampler is always float32.
+
+        Raises:
+            LdmError: code IO or USAGE when there is no model at `path`, or it is damaged.
+        """
+        folder = find_checkpoint(Path(path))
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        contract = load_contract(folder)
+        net, _ = load_denoiser(folder)
+        vae = load_vae_directory(folder / "vae")
+        encoder = load_text_encoder(folder, max_tokens=contract.max_tokens)
+        return cls(
+            vae.to(device, dtype),
+            encoder.to(device),
+            net.to(device, dtype),
+            load_null(folder).to(device),
+            contract,
+            str(path),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser lives."""
+        return next(self.net.parameters()).device
+
+    @property
+    def stride(self) -> int:
+        """Picture sides must be multiples of this."""
+        config = self.net.config
+        patch = getattr(config, "patch_size", None)
+        if patch is None:
+            patch = 2 ** (len(config.block_out_channels) - 1)
+        return int(self.vae.downsample_factor * patch)
+
+    def to(self, device: torch.device | str) -> Pipeline:
+        """Moves the model; returns itself."""
+        for part in (self.vae, self.encoder, self.net):
+            part.to(device)
+        self.null = self.null.to(device)
+        return self
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative: str | None = None,
+        n: int = 1,
+        seed: int = 0,
+        size: int | tuple[int, int] | None = None,
+        batch_size: int = 16,
+        progress: Callable[[int], None] | None = None,
+        **settings: Any,
+    ) -> Pictures:
+        """Draws `n` pictures of every prompt.
+
+        Args:
+            prompt: one prompt, or several.
+            negative: what to steer away from instead of the empty prompt.
+            n: pictures per prompt.
+            seed: the k-th picture of the call has seed + k.
+            size: side, or (height, width), in pixels; None is the size of training.
+            batch_size: pictures drawn at once; changes memory and speed, not the pictures.
+            progress: called with the number of pictures finished so far.
+            settings: steps, sampler, spacing, shift, cfg_scale, rescale, interval, eta; what is
+                not given comes from the checkpoint.
+
+        Raises:
+            LdmError: for a request that the model cannot serve; says what it can.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not 1 <= n * len(prompts) <= MAX_PICTURES:
+            raise LdmError(
+                f"{len(prompts)} prompts x n={n} pictures cannot be drawn",
+                where="n",
+                fix=f"ask for 1 to {MAX_PICTURES} pictures",
+            )
+        asked = {**self.defaults(), **settings}
+        if unknown := asked.keys() - self.defaults().keys():
+            raise LdmError(
+                f"unknown setting {', '.join(sorted(unknown))}",
+                where="settings",
+                fix=f"known: {', '.join(self.defaults())}",
+            )
+        height, width = (size, size) if isinstance(size, int) else size or self.trained_size
+        requests = [
+            Request(
+                prompt=text, negative=negative, seed=seed + row * n + k,
+                height=height, width=width, **asked,
+            )
+            for row, text in enumerate(prompts)
+            for k in range(n)
+        ]
+        return self.draw(requests, batch_size=batch_size, progress=progress)
+
+    @property
+    def trained_size(self) -> tuple[int, int]:
+        """Height and width of the training pictures."""
+        side = self.contract.image_px
+        return side, side
+
+    def defaults(self) -> dict[str, Any]:
+        """Sampling settings stored in the checkpoint."""
+        stored = dict(self.contract.sampling)
+        stored["interval"] = tuple(stored["interval"])
+        return stored
+
+    @torch.inference_mode()
+    def draw(
+        self,
+        requests: Sequence[Request],
+        *,
+        batch_size: int = 16,
+        progress: Callable[[int], None] | None = None,
+    ) -> Pictures:
+        """Draws one picture per request, those with equal settings together."""
+        for request in dict.fromkeys(requests):
+            self.check(request)
+        images: dict[int, Image.Image] = {}
+        for rows in _batches(requests, batch_size):
+            pixels = self._draw_batch([requests[row] for row in rows])
+            images.update(zip(rows, to_images(pixels), strict=True))
+            if progress is not None:
+                progress(len(images))
+        ordered = tuple(images[row] for row in range(len(requests)))
+        return Pictures(ordered, tuple(requests), self.contract.model_id, self.name)
+
+    def check(self, request: Request) -> None:
+        """Refuses what the model cannot draw.
+
+        Raises:
+            LdmError: names the setting, its value, and a legal one.
+        """
+        stride = self.stride
+        for side in (request.height, request.width):
+            if side < stride or side % stride or side > MAX_SIDE:
+                low = min(max(side // stride, 1) * stride, MAX_SIDE)
+                raise LdmError(
+                    f"a side of {side} pixels cannot be made: sides are multiples of {stride} "
+                    f"up to {MAX_SIDE}",
+                    where="size",
+                    fix=f"use {low} or {low + stride}",
+                )
+        if (request.height, request.width) != self.trained_size:
+            log.warning(
+                "size: the model was trained at %dx%d; %dx%d may look poor",
+                *self.trained_size, request.height, request.width,
+            )
+        if not 1 <= request.steps <= MAX_STEPS:
+            raise LdmError(
+                f"{request.steps} steps are impossible", where="steps", fix=f"use 1 to {MAX_STEPS}"
+            )
+        sampler = named("sampler", SAMPLERS, request.sampler)
+        named("spacing", SPACINGS, request.spacing)
+        if request.eta and not sampler.stochastic:
+            raise LdmError(
+                f"sampler {request.sampler} draws no noise, so eta={request.eta} means nothing",
+                where="eta",
+                fix="use eta=0, or sampler ddim",
+            )
+        if not math.isfinite(request.cfg_scale) or not 0 <= request.cfg_scale <= 100:
+            raise LdmError(
+                f"guidance of {request.cfg_scale} is out of range", where="cfg", fix="use 0 to 100"
+            )
+        if request.cfg_scale != 1.0 and self.contract.caption_dropout == 0:
+            raise LdmError(
+                "this model was trained without caption dropout, so it cannot be guided",
+                where="cfg",
+                fix="use cfg 1",
+            )
+
+    def _draw_batch(self, requests: Sequence[Request]) -> Tensor:
+        """Pictures (B, 3, H, W) in [-1, 1] of requests with equal settings."""
+        first, device = requests[0], self.device
+        text = self.encoder([request.prompt for request in requests]).to(device)
+        null = self.null
+        if first.negative:
+            null = self.encoder([first.negative]).to(device)
+        denoise = classifier_free(
+            self.diffusion, self._network, text, null, first.cfg_scale,
+            interval=first.interval, rescale=first.rescale,
+        )
+        plan = levels(
+            self.diffusion.process, first.steps, spacing=first.spacing, shift=first.shift
+        )
+        factor = self.vae.downsample_factor
+        shape = (self.contract.latent_channels, first.height // factor, first.width // factor)
+        seeds = [request.seed for request in requests]
+        x = start(_noise(shape, seeds, "initial"), plan[0]).to(device)
+        sampler = SAMPLERS[first.sampler]
+        # draws of steps are functions of the seed as well, so batches do not change them
+        x = sampler.run(
+            denoise, x, plan,
+            noise=lambda step: _noise(shape, seeds, f"step {step}").to(device),
+            eta=first.eta,
+        )
+        pixels = self.vae.decode(x.to(next(self.vae.parameters()).dtype)).float()
+        if not torch.isfinite(pixels).all():
+            raise LdmError(
+                "the model produced values that are not finite",
+                where=f"seed {first.seed}",
+                fix="use fewer extremes (lower cfg), or float32 weights",
+                code=ExitCode.NUMERICS,
+            )
+        return pixels
+
+    def _network(self, x: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
+        dtype = next(self.net.parameters()).dtype
+        prediction: Tensor = self.net(x.to(dtype), t, text.to(x.device, dtype))
+        return prediction.float()
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] to RGB pictures; values outside are clipped."""
+    bytes_ = pixels.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+    return [Image.fromarray(one) for one in bytes_.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def _noise(shape: tuple[int, int, int], seeds: Iterable[int], what: str) -> Tensor:
+    return torch.cat([normal(shape, seed, "image", [0], [what]) for seed in seeds])
+
+
+def _batches(requests: Sequence[Request], size: int) -> Iterable[list[int]]:
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for row, request in enumerate(requests):
+        groups.setdefault(request.settings(), []).append(row)
+    for rows in groups.values():
+        for begin in range(0, len(rows), size):
+            yield rows[begin : begin + size]

@@ -1,0 +1,222 @@
+"""Diffusion transformer: patchify, adaLN-zero and cross-attention to text (Peebles & Xie 2023).
+
+Knows nothing of noise processes or sampling: it maps (latents, clock, text) to a prediction.
+Shapes: B batch, C latent channels, H x W latent size, N = H*W / patch**2 tokens, D width,
+L text tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ldm.errors import ExitCode, LdmError
+from ldm.models.layers import attend, timestep_embedding
+from ldm.types import TextEmbedding
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig:
+    """Everything needed to rebuild a DiT; written to `transformer/config.json`."""
+
+    in_channels: int
+    """Latent channels, in and out."""
+    patch_size: int = 2
+    """Latent pixels per token side."""
+    hidden_size: int = 384
+    """Width; a multiple of `head_dim`."""
+    num_layers: int = 12
+    """Blocks."""
+    head_dim: int = 64
+    """Width of one attention head; 64 is fastest on CPUs and GPUs alike."""
+    mlp_ratio: float = 4.0
+    """Width of the feed-forward layer over `hidden_size`."""
+    text_dim: int = 768
+    """Width of the text encoder's token states."""
+    pooled_dim: int | None = None
+    """Width of the pooled text vector added to the time embedding; None ignores it."""
+    qk_norm: bool = True
+    """RMS-normalise queries and keys, which keeps attention logits bounded at high rates."""
+
+    def __post_init__(self) -> None:
+        for name in ("in_channels", "patch_size", "hidden_size", "num_layers", "head_dim"):
+            if getattr(self, name) < 1:
+                raise LdmError(
+                    f"{name} must be at least 1, got {getattr(self, name)}",
+                    where="DiT",
+                    fix=f"set {name} to a positive number",
+                    code=ExitCode.CONFIG,
+                )
+        if self.hidden_size % self.head_dim or self.hidden_size % 4:
+            raise LdmError(
+                f"hidden_size {self.hidden_size} is not a multiple of head_dim {self.head_dim}",
+                where="DiT",
+                fix=f"use {self.head_dim * max(1, round(self.hidden_size / self.head_dim))}",
+                code=ExitCode.CONFIG,
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """The dictionary that `transformer/config.json` holds."""
+        return {"_class_name": "LdmDiT", **asdict(self)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> DiTConfig:
+        """The inverse of `to_json`; an unknown key is refused by the constructor."""
+        return cls(**{key: value for key, value in values.items() if not key.startswith("_")})
+
+
+@lru_cache(maxsize=8)
+def position_embedding(height: int, width: int, dim: int) -> Tensor:
+    """Fixed 2-D sin-cos positions, (height * width, dim) float32 (Dosovitskiy et al. 2021, MAE form).
+
+    Half of the channels encode the row and half the column.
+    """
+    rates = torch.exp(-math.log(10_000.0) * torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+
+    def axis(length: int) -> Tensor:
+        angles = torch.arange(length, dtype=torch.float64)[:, None] * rates
+        return torch.cat([angles.sin(), angles.cos()], dim=1)  # (length, dim / 2)
+
+    rows = axis(height)[:, None].expand(-1, width, -1)
+    columns = axis(width)[None].expand(height, -1, -1)
+    return torch.cat([rows, columns], dim=-1).reshape(height * width, dim).float()
+
+
+class Attention(nn.Module):
+    """Multi-head attention from x (B, N, D) to a context (B, L, D), or to x itself."""
+
+    def __init__(self, config: DiTConfig, *, cross: bool) -> None:
+        super().__init__()
+        width, self.head_dim, self.cross = config.hidden_size, config.head_dim, cross
+        if cross:
+            self.to_q = nn.Linear(width, width)
+            self.to_kv = nn.Linear(width, 2 * width)
+        else:
+            self.to_qkv = nn.Linear(width, 3 * width)
+        self.to_out = nn.Linear(width, width)
+        self.norm_q = nn.RMSNorm(self.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.norm_k = nn.RMSNorm(self.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(B, N, D) to (B, heads, N, head_dim)."""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Returns (B, N, D); `mask` (B, L) is True where the context is real."""
+        if self.cross:
+            assert context is not None
+            q, (k, v) = self.to_q(x), self.to_kv(context).chunk(2, dim=-1)
+        else:
+            q, k, v = self.to_qkv(x).chunk(3, dim=-1)
+        q, k, v = self.norm_q(self.heads(q)), self.norm_k(self.heads(k)), self.heads(v)
+        out = attend(q.to(v.dtype), k.to(v.dtype), v, mask)  # (B, heads, N, head_dim)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, feed-forward; the identity at initialisation.
+
+    Self-attention and feed-forward are gated by adaLN-zero; cross-attention, which time does not
+    modulate, starts from a zero output projection.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        width, inner = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
+        self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.attn1 = Attention(config, cross=False)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.attn2 = Attention(config, cross=True)
+        self.norm3 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        # erf-GELU: a third of the cost of the tanh form on a CPU, and no worse
+        self.ff = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
+        self.modulation = nn.Linear(width, 6 * width)
+
+    def forward(self, x: Tensor, condition: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        """x (B, N, D), condition (B, D), text (B, L, D), mask (B, L) -> (B, N, D)."""
+        shift1, scale1, gate1, shift3, scale3, gate3 = (
+            self.modulation(condition)[:, None].to(x.dtype).chunk(6, dim=-1)
+        )
+        x = x + gate1 * self.attn1(torch.addcmul(shift1, self.norm1(x), 1 + scale1))
+        x = x + self.attn2(self.norm2(x), text, mask)
+        return x + gate3 * self.ff(torch.addcmul(shift3, self.norm3(x), 1 + scale3))
+
+
+class DiT(nn.Module):
+    """The denoiser. Called as `Denoiser`: x (B, C, H, W), t (B,) in clock units 0..1000, text."""
+
+    def __init__(self, config: DiTConfig) -> None:
+        super().__init__()
+        self.config = config
+        width, patch = config.hidden_size, config.patch_size
+        self.proj_in = nn.Conv2d(config.in_channels, width, patch, stride=patch)
+        self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        self.text_norm = nn.LayerNorm(config.text_dim, eps=1e-6)
+        self.text_proj = nn.Linear(config.text_dim, width)
+        self.pooled_proj = nn.Linear(config.pooled_dim, width) if config.pooled_dim else None
+        self.transformer_blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm_out = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.modulation_out = nn.Linear(width, 2 * width)
+        self.proj_out = nn.Linear(width, patch * patch * config.in_channels)
+        self.gradient_checkpointing = False
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Xavier for products, zeros wherever a residual branch or the output must start at 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.proj_in.weight.flatten(1))
+        nn.init.zeros_(self.proj_in.bias)  # type: ignore[arg-type]
+        for block in self.transformer_blocks:
+            nn.init.zeros_(block.modulation.weight)  # gates 0: the block is the identity
+            nn.init.zeros_(block.attn2.to_out.weight)
+        for layer in (self.modulation_out, self.proj_out):
+            nn.init.zeros_(layer.weight)  # the first prediction is 0, not noise
+
+    def forward(self, x: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
+        """Predicts in whatever parameterisation it was trained for.
+
+        Args:
+            x: noisy latents, (B, C, H, W); H and W multiples of the patch size.
+            t: the network's clock, (B,), about 0 (data) to 1000 (noise).
+            text: token states (B, L, text_dim) with their mask.
+
+        Returns:
+            (B, C, H, W).
+        """
+        patch, (height, width) = self.config.patch_size, x.shape[-2:]
+        if height % patch or width % patch:
+            raise LdmError(
+                f"a latent of {height}x{width} cannot be cut into patches of {patch}",
+                where="size",
+                fix=f"use latent sides that are multiples of {patch}",
+            )
+        rows, columns = height // patch, width // patch
+        positions = position_embedding(rows, columns, self.config.hidden_size).to(x.device)
+        tokens = self.proj_in(x).flatten(2).transpose(1, 2)  # (B, N, D)
+        tokens = tokens + positions.to(tokens.dtype)
+        condition = self.time(timestep_embedding(t, 256).to(x.dtype))  # (B, D)
+        if self.pooled_proj is not None:
+            assert text.pooled is not None, "this DiT was built for an encoder with a pooled vector"
+            condition = condition + self.pooled_proj(text.pooled.to(x.dtype))
+        condition = F.silu(condition)
+        context = self.text_proj(self.text_norm(text.tokens.to(x.dtype)))  # (B, L, D)
+        for block in self.transformer_blocks:
+            if self.gradient_checkpointing and self.training:
+                tokens = torch.utils.checkpoint.checkpoint(  # type: ignore[attr-defined]
+                    block, tokens, condition, context, text.mask, use_reentrant=False
+                )
+            else:
+                tokens = block(tokens, condition, context, text.mask)
+        shift, scale = self.modulation_out(condition)[:, None].to(tokens.dtype).chunk(2, dim=-1)
+        out = self.proj_out(torch.addcmul(shift, self.norm_out(tokens), 1 + scale))
+        out = out.unflatten(1, (rows, columns)).unflatten(-1, (-1, patch, patch))
+        return out.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)  # (B, C, H, W)

@@ -1,0 +1,28 @@
+"""What decides a frozen model's outputs, as a hash: equal wherever the files lie."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """Hash of all parameters by name, shape and float32 value.
+
+    Hashed as float32, so a bfloat16 file has one identity however it is loaded.
+    """
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.named_parameters()):
+        # transformers dropped this prefix in 5.6; the weights did not change
+        digest.update(f"{name.removeprefix('text_model.')}{list(weight.shape)}".encode())
+        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def value_sha256(values: Mapping[str, Any]) -> str:
+    """Hash of JSON values, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

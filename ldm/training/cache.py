@@ -1,0 +1,338 @@
+"""The cache stage: posterior moments and text embeddings, computed once and kept by content.
+
+A cache lives in a folder named by the hash of everything its values depend on, so a changed VAE,
+encoder, caption or size can never meet stale values: it looks elsewhere. Shards are published one
+by one with their checksums; an interrupted build continues at the first missing shard, and ranks
+share the shards without talking to each other.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ldm import storage
+from ldm.config.schema import DiffusionExperiment
+from ldm.data.loader import Place, Share, micro_batches
+from ldm.data.transforms import Draws, fit
+from ldm.errors import ExitCode, LdmError
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.identity import value_sha256, weights_sha256
+from ldm.models.text import HuggingFaceTextEncoder
+from ldm.randomness import uniform
+from ldm.types import Batch, Source, TextEmbedding
+
+FORMAT = 1
+"""Raise whenever the meaning of cached values changes: old caches are then not found."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A whole cache in memory.
+
+    Args:
+        ids: sample ids, N of them, in the order of the source.
+        moments: (N, V, 2C, h, w), V = 2 where the mirrored picture is kept too.
+        bad: why a sample is set aside, by its id; its moments are zeros.
+        caption_of: row of `lengths` for every sample, (N,).
+        tokens: the token states of all distinct captions end to end, (T, D).
+        starts: where each caption begins in `tokens`, (M,).
+        lengths: its number of tokens, (M,).
+        pooled: pooled vectors, (M, P), or None.
+    """
+
+    ids: tuple[str, ...]
+    moments: Tensor
+    bad: dict[str, str]
+    caption_of: Tensor
+    tokens: Tensor
+    starts: Tensor
+    lengths: Tensor
+    pooled: Tensor | None
+
+    def text(self, rows: Tensor) -> TextEmbedding:
+        """The embedded captions of samples `rows` (B,), padded to the longest caption of all."""
+        captions = self.caption_of[rows]
+        span = torch.arange(int(self.lengths.max()))
+        mask = span[None] < self.lengths[captions][:, None]  # (B, L)
+        places = (self.starts[captions][:, None] + span).clamp(max=len(self.tokens) - 1)
+        tokens = self.tokens[places].float() * mask[..., None]  # (B, L, D)
+        return TextEmbedding(
+            tokens, mask, None if self.pooled is None else self.pooled[captions].float()
+        )
+
+    def latent_moments(self, rows: Tensor, mirrored: Tensor) -> Tensor:
+        """(B, 2C, h, w) float32 of samples `rows`, of the mirrored picture where `mirrored`."""
+        variant = mirrored.long() if self.moments.shape[1] == 2 else torch.zeros_like(rows)
+        return self.moments[rows, variant].float()
+
+
+class CachedLoader:
+    """Yields this rank's micro-batches from a cache: the samples that a live `Loader` would give.
+
+    Args:
+        cache: what to read.
+        share: which part of each global batch is ours.
+        seed: the run's seed.
+        flip: mirror half of the pictures, the same half as live training.
+    """
+
+    def __init__(self, cache: Cache, share: Share, *, seed: int, flip: bool) -> None:
+        self.cache, self.share, self.seed, self.flip = cache, share, seed, flip
+        self.bad = cache.bad
+
+    def batches(self, cursor: int = 0) -> Iterator[Batch]:
+        """Micro-batches for ever, starting where `cursor` samples were consumed by all ranks.
+
+        The next one is gathered while the current one is being trained on.
+        """
+        plan = micro_batches(self.share, cursor, len(self.cache.ids), self.seed)
+        with ThreadPoolExecutor(1) as pool:
+            pending = pool.submit(self._gather, next(plan))
+            while True:
+                batch, pending = pending.result(), pool.submit(self._gather, next(plan))
+                yield batch
+
+    def _gather(self, places: list[Place]) -> Batch:
+        rows = torch.tensor([place.sample for place in places])
+        ids = tuple(self.cache.ids[place.sample] for place in places)
+        epochs = tuple(place.epoch for place in places)
+        mirrored = torch.zeros(len(rows), dtype=torch.bool)
+        if self.flip:
+            mirrored = uniform(self.seed, "flip", epochs, ids) < 0.5
+        return Batch(
+            ids=ids,
+            weight=torch.tensor([float(name not in self.bad) for name in ids]),
+            epochs=epochs,
+            positions=tuple(place.position for place in places),
+            moments=self.cache.latent_moments(rows, mirrored),
+            text=self.cache.text(rows),
+        )
+
+
+def build_cache(
+    config: DiffusionExperiment,
+    source: Source,
+    vae: AutoencoderKL,
+    encoder: HuggingFaceTextEncoder,
+    *,
+    share: tuple[int, int] = (0, 1),
+) -> tuple[Path, Path]:
+    """Computes what is missing of the two caches of an experiment and returns their folders.
+
+    Args:
+        share: (rank, world size); each rank makes every world-size-th shard.
+
+    Raises:
+        LdmError: code BAD_DATA, when more than `data.max_bad_fraction` cannot be read, or when a
+            latent is not finite; code IO for a disk that is full.
+    """
+    moments, text = _folders(config, source, vae, encoder)
+    captions = _distinct(source.captions)
+    for folder in (moments, text):
+        storage.make_directory(folder)
+        storage.clean_leftovers(folder)
+    size = config.cache.shard_size
+    _build_shards(
+        text, len(captions), size, share, "text cache",
+        lambda start, stop, out: _encode_text(encoder, captions[start:stop], config, out),
+    )
+    _build_shards(
+        moments, len(source), size, share, "latent cache",
+        lambda start, stop, out: _encode_pictures(vae, source, range(start, stop), config, out),
+    )
+    return moments, text
+
+
+def load_cache(
+    config: DiffusionExperiment, source: Source, folders: tuple[Path, Path]
+) -> Cache:
+    """Reads a complete cache into memory, every shard verified against its checksum.
+
+    Raises:
+        LdmError: code IO for a missing or damaged shard (delete it and run again), code BAD_DATA
+            when too many samples were set aside.
+    """
+    moments_dir, text_dir = folders
+    captions = _distinct(source.captions)
+    row_of = {caption: row for row, caption in enumerate(captions)}
+    size = config.cache.shard_size
+    pictures = [_read(d) for d in _shards(moments_dir, len(source), size)]
+    texts = [_read(d) for d in _shards(text_dir, len(captions), size)]
+    bad = {name: why for _, facts in pictures for name, why in facts["bad"].items()}
+    refuse_too_many_bad(bad, len(source), config.data.max_bad_fraction)
+    lengths = torch.cat([tensors["lengths"] for tensors, _ in texts])
+    has_pooled = all("pooled" in tensors for tensors, _ in texts)
+    return Cache(
+        ids=tuple(source.ids),
+        moments=torch.cat([tensors["moments"] for tensors, _ in pictures]),
+        bad=bad,
+        caption_of=torch.tensor([row_of[caption] for caption in source.captions]),
+        tokens=torch.cat([tensors["tokens"] for tensors, _ in texts]),
+        starts=lengths.cumsum(0) - lengths,
+        lengths=lengths,
+        pooled=torch.cat([tensors["pooled"] for tensors, _ in texts]) if has_pooled else None,
+    )
+
+
+def refuse_too_many_bad(bad: dict[str, str], total: int, allowed: float) -> None:
+    """Names every sample set aside, and stops when they are too many to go on."""
+    for name, why in bad.items():
+        log.warning("set aside: %s", why if name in why else f"{name}: {why}")
+    if bad and len(bad) > allowed * total:
+        first = "; ".join(list(bad)[:5])
+        raise LdmError(
+            f"{len(bad)} of {total} pictures cannot be used, more than "
+            f"data.max_bad_fraction={allowed}: {first}",
+            where="data",
+            fix="mend or remove these files, or raise data.max_bad_fraction",
+            code=ExitCode.BAD_DATA,
+        )
+
+
+def _folders(
+    config: DiffusionExperiment,
+    source: Source,
+    vae: AutoencoderKL,
+    encoder: HuggingFaceTextEncoder,
+) -> tuple[Path, Path]:
+    data, root = config.data, Path(config.cache.dir)
+    # latent statistics are applied after reading, so they are not part of the key
+    moments = value_sha256({
+        "format": FORMAT,
+        "vae": weights_sha256(vae),
+        "data": source.fingerprint,
+        "image_px": data.image_px,
+        "mirrored": data.flip,
+        "too_small": data.too_small,
+        "dtype": config.cache.dtype,
+        "shard": config.cache.shard_size,
+    })
+    text = value_sha256({
+        "format": FORMAT,
+        "encoder": encoder.identity,
+        "captions": value_sha256({"captions": _distinct(source.captions)}),
+        "limit": [encoder.max_tokens, encoder.too_long],
+        "dtype": config.cache.dtype,
+        "shard": config.cache.shard_size,
+    })
+    return root / f"latents-{moments[:16]}", root / f"text-{text[:16]}"
+
+
+def _distinct(captions: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(captions))
+
+
+def _shards(folder: Path, total: int, size: int) -> list[Path]:
+    return [folder / f"shard-{start // size:05d}" for start in range(0, total, size)]
+
+
+def _build_shards(
+    folder: Path, total: int, size: int, share: tuple[int, int], label: str, encode: object
+) -> None:
+    rank, world_size = share
+    mine = list(enumerate(_shards(folder, total, size)))[rank::world_size]
+    bar = tqdm(total=total, desc=label, unit="sample", disable=rank != 0, mininterval=0.5)
+    with bar:
+        for number, shard in mine:
+            start, stop = number * size, min((number + 1) * size, total)
+            if not _is_good(shard):
+                with storage.publish(shard) as out:
+                    encode(start, stop, out)  # type: ignore[operator]
+            bar.update((stop - start) * world_size)
+
+
+def _is_good(shard: Path) -> bool:
+    if not shard.exists():
+        return False
+    try:
+        storage.verify(shard)
+    except LdmError as error:
+        log.warning("a damaged cache shard is made again: %s", error)
+        return False
+    return True
+
+
+def _read(shard: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:
+    storage.verify(shard)
+    facts = json.loads((shard / "facts.json").read_text(encoding="utf-8"))
+    return load_file(shard / "data.safetensors"), facts
+
+
+def _dtype(config: DiffusionExperiment) -> torch.dtype:
+    return torch.float32 if config.cache.dtype == "fp32" else torch.float16
+
+
+def _write(out: Path, tensors: dict[str, Tensor], bad: dict[str, str]) -> None:
+    save_file({name: value.contiguous() for name, value in tensors.items()}, out / "data.safetensors")
+    storage.write_json(out / "facts.json", {"bad": bad})
+
+
+@torch.inference_mode()
+def _encode_text(
+    encoder: HuggingFaceTextEncoder, captions: list[str], config: DiffusionExperiment, out: Path
+) -> None:
+    rows: list[Tensor] = []
+    pooled: list[Tensor] = []
+    for start in range(0, len(captions), config.cache.batch_size):
+        text = encoder(captions[start : start + config.cache.batch_size])
+        rows += [t[m].to("cpu", _dtype(config)) for t, m in zip(text.tokens, text.mask, strict=True)]
+        if text.pooled is not None:
+            pooled.append(text.pooled.to("cpu", _dtype(config)))
+    tensors = {"tokens": torch.cat(rows), "lengths": torch.tensor([len(row) for row in rows])}
+    if pooled:
+        tensors["pooled"] = torch.cat(pooled)
+    _write(out, tensors, {})
+
+
+@torch.inference_mode()
+def _encode_pictures(
+    vae: AutoencoderKL, source: Source, rows: range, config: DiffusionExperiment, out: Path
+) -> None:
+    data, factor = config.data, vae.downsample_factor
+    side, views = data.image_px // factor, 2 if data.flip else 1
+    device = next(vae.parameters()).device
+    moments = torch.zeros(len(rows), views, 2 * vae.config.latent_channels, side, side)
+    bad: dict[str, str] = {}
+    for start in range(0, len(rows), config.cache.batch_size):
+        places, pictures = [], []
+        for place in range(start, min(start + config.cache.batch_size, len(rows))):
+            name = source.ids[rows[place]]
+            try:
+                example = source[rows[place]]
+                picture = fit(
+                    example.pixels, data.image_px, draws=Draws(0, 0, name), small=data.too_small
+                )
+            except LdmError as error:
+                if error.code != ExitCode.BAD_DATA:
+                    raise
+                bad[name] = str(error)
+                continue
+            places.append(place)
+            pictures.append(picture)
+        if not pictures:
+            continue
+        pixels = torch.stack(pictures).to(device)
+        for view in range(views):
+            encoded = vae.moments(pixels.flip(-1) if view else pixels).float().cpu()
+            if not torch.isfinite(encoded).all():
+                names = [source.ids[rows[p]] for p in places]
+                raise LdmError(
+                    f"the VAE gives latents that are not finite, among {names[0]} .. {names[-1]}",
+                    where="cache",
+                    fix="use a VAE that was trained to the end",
+                    code=ExitCode.NUMERICS,
+                )
+            moments[places, view] = encoded
+    _write(out, {"moments": moments.to(_dtype(config))}, bad)

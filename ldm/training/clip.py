@@ -1,0 +1,363 @@
+"""Trains a small CLIP on the captions and pictures at hand, for people without a network.
+
+What is kept is the text tower and its tokenizer, in the very layout of a published CLIP. The vision
+tower is only the teacher: it is measured and dropped.
+
+B pairs of a batch, N pairs, L tokens, P width of the shared space.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ldm.errors import ExitCode, LdmError
+from ldm.models.text import HuggingFaceTextEncoder, clip_text_config, train_bpe
+from ldm.randomness import generator, positions
+from ldm.storage import publish, write_json
+from ldm.types import Source
+
+Progress = Callable[[int, float], None]
+"""Called with (steps done, loss) every `log_every_steps` steps and after the last one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClipTraining:
+    """Everything that decides the result of `train_clip`; equal values give equal weights."""
+
+    steps: int = 600
+    """Optimizer steps."""
+    batch_size: int = 256
+    """Pairs per step. More pairs are more negatives: a harder and better task."""
+    learning_rate: float = 1e-3
+    """Peak rate of AdamW, after the warm-up; then a cosine to zero."""
+    warmup_steps: int = 40
+    """Steps of linear warm-up; 0 disables it."""
+    weight_decay: float = 0.05
+    """Decoupled decay of matrices; never applied to biases, norms and embeddings."""
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+    width: int = 128
+    """Width of both towers: the D that a denoiser sees. A multiple of 32."""
+    layers: int = 2
+    """Blocks of the text tower."""
+    vision_layers: int = 3
+    """Blocks of the vision tower."""
+    image_px: int = 64
+    """Pictures are cropped and scaled to squares of this size."""
+    patch_px: int = 8
+    """Side of a vision patch; divides `image_px`."""
+    vocab_size: int = 1_000
+    """Most entries of the vocabulary, of which 514 are bytes and control tokens."""
+    max_tokens: int = 77
+    """Longest prompt of the encoder, control tokens included; longer captions are cut."""
+    max_pairs: int = 20_000
+    """Pairs held in memory (12 KiB each at 64 px); of a larger source, the first ones."""
+    held_out_pairs: int = 256
+    """Pairs kept aside to measure retrieval; at most a tenth of the data."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast precision of both towers; auto takes bf16 where the processor multiplies in it.
+
+    Elsewhere bf16 is emulated, six times slower than fp32. Weights and optimizer are fp32."""
+    log_every_steps: int = 20
+    """How often the loss is noted and progress reported."""
+    seed: int = 0
+    """Of the weights, the data order and the held-out pairs."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Decoded data.
+
+    Args:
+        pixels: (N, 3, H, W) uint8.
+        captions: N of them.
+        set_aside: ids of the samples that could not be used.
+    """
+
+    pixels: Tensor
+    captions: tuple[str, ...]
+    set_aside: tuple[str, ...] = ()
+
+    def __getitem__(self, rows: np.ndarray) -> Pairs:
+        captions = tuple(self.captions[i] for i in rows)
+        return Pairs(self.pixels[torch.from_numpy(rows)], captions, self.set_aside)
+
+
+def run_clip_training(
+    source: Source,
+    config: ClipTraining,
+    out_dir: Path | str,
+    *,
+    progress: Progress | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Trains a CLIP and publishes `out_dir` with text_encoder/, tokenizer/ and metrics.json.
+
+    The directory appears complete or not at all.
+
+    Returns:
+        The metrics of `train_clip`, which metrics.json holds beside the configuration.
+
+    Raises:
+        LdmError: as `train_clip`; IO where `out_dir` cannot be written.
+    """
+    encoder, metrics = train_clip(source, config, progress=progress, device=device)
+    with publish(Path(out_dir)) as directory:
+        encoder.save(directory)
+        write_json(directory / "metrics.json", {**metrics, "config": asdict(config)})
+    return metrics
+
+
+def train_clip(
+    source: Source,
+    config: ClipTraining,
+    *,
+    progress: Progress | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[HuggingFaceTextEncoder, dict[str, Any]]:
+    """Trains a text and a vision tower so that a picture and its caption agree.
+
+    The same arguments give the same weights bit for bit on the same machine. The global random
+    state is left alone.
+
+    Source: Radford et al. 2021 (arXiv 2103.00020), figure 3 and section 2.4.
+
+    Returns:
+        The frozen text encoder on the CPU, and JSON metrics: `loss` (mean of the last noted ones),
+        `losses` ((step, loss) pairs), `retrieval` (top-1 among the held-out pairs, picture to
+        caption and caption to picture), counts and `seconds`.
+
+    Raises:
+        LdmError: BAD_DATA with too few usable pairs, CONFIG for an impossible shape, NUMERICS if
+            the loss is not finite.
+    """
+    _check(config)
+    if config.precision == "auto":
+        config = replace(config, precision="bf16" if _multiplies_bf16(device) else "fp32")
+    started = time.monotonic()
+    pairs = load_pairs(source, config)
+    shuffled = generator(config.seed, "clip held-out").permutation(len(pairs.captions))
+    count = min(config.held_out_pairs, len(shuffled) // 10)
+    held_out, train = pairs[shuffled[:count]], pairs[shuffled[count:]]
+    tokenizer = train_bpe(
+        train.captions, vocab_size=config.vocab_size, max_tokens=config.max_tokens
+    )
+    model = _build(tokenizer, config)
+    encoder = HuggingFaceTextEncoder(model.text_model, tokenizer, too_long="truncate")
+    ids, mask = encoder.tokenize(train.captions)
+    model.requires_grad_(True).to(device)  # the encoder froze the tower they share
+    losses = _fit(model, train.pixels.to(device), (ids.to(device), mask), config, progress)
+    retrieval = _retrieval(model.eval(), held_out, encoder, device) if count else {}
+    metrics = {
+        "loss": float(np.mean([loss for _, loss in losses[-5:]])),
+        "losses": losses,
+        "retrieval": retrieval,
+        "pairs": len(train.captions),
+        "held_out_pairs": count,
+        "set_aside": list(pairs.set_aside),
+        "truncated_captions": encoder.truncated_prompts,
+        "precision": config.precision,
+        "vocabulary": len(tokenizer),
+        "seconds": round(time.monotonic() - started, 2),
+    }
+    return HuggingFaceTextEncoder(model.text_model.cpu(), tokenizer), metrics
+
+
+def load_pairs(source: Source, config: ClipTraining) -> Pairs:
+    """Decodes the first `max_pairs` samples once, into one uint8 array.
+
+    Raises:
+        LdmError: BAD_DATA if fewer than 2 remain once unusable samples are set aside.
+    """
+    from PIL import Image, ImageOps
+
+    size = (config.image_px, config.image_px)
+    pictures, captions, set_aside = [], [], []
+    for index in range(min(len(source), config.max_pairs)):
+        try:
+            example = source[index]
+        except LdmError as error:
+            if error.code != ExitCode.BAD_DATA:
+                raise
+            set_aside.append(source.ids[index])
+            continue
+        pixels = example.pixels
+        if pixels.shape[:2] != size:
+            image = ImageOps.fit(Image.fromarray(pixels), size, Image.Resampling.LANCZOS)
+            pixels = np.asarray(image)
+        pictures.append(pixels.transpose(2, 0, 1))
+        captions.append(example.caption)
+    if len(pictures) < 2:
+        raise LdmError(
+            f"{len(pictures)} usable captioned pictures, a contrast needs at least 2 "
+            f"({len(set_aside)} could not be read)",
+            where="data",
+            fix="give more captioned pictures",
+            code=ExitCode.BAD_DATA,
+        )
+    return Pairs(torch.from_numpy(np.stack(pictures)), tuple(captions), tuple(set_aside))
+
+
+def contrastive_loss(image: Tensor, text: Tensor, scale: Tensor, same: Tensor) -> Tensor:
+    """Symmetric cross-entropy of picking the caption of a picture and the picture of a caption.
+
+    Source: Radford et al. 2021, figure 3; pairs with an equal caption are taken out of each other's
+    negatives, for a picture cannot be told from another by a caption that both have.
+
+    Args:
+        image, text: (B, P), not normalised.
+        scale: inverse temperature, a scalar.
+        same: (B, B) bool, True where captions i and j are equal.
+
+    Returns:
+        A scalar; log(B) where nothing is known.
+    """
+    image, text = nn.functional.normalize(image, dim=-1), nn.functional.normalize(text, dim=-1)
+    diagonal = torch.eye(len(same), dtype=torch.bool, device=same.device)
+    logits = (scale * image @ text.T).masked_fill(same & ~diagonal, -torch.inf)
+    target = torch.arange(len(same), device=same.device)
+    towards_text = nn.functional.cross_entropy(logits, target)
+    return (towards_text + nn.functional.cross_entropy(logits.T, target)) / 2
+
+
+def learning_rate_at(step: int, config: ClipTraining) -> float:
+    """Linear warm-up, then a cosine to zero: a function of the optimizer step (from 0)."""
+    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
+    past = max(0, step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    return config.learning_rate * warm * (1 + math.cos(math.pi * past)) / 2
+
+
+def _fit(
+    model: Any,
+    pixels: Tensor,
+    tokens: tuple[Tensor, Tensor],
+    config: ClipTraining,
+    progress: Progress | None,
+) -> list[tuple[int, float]]:
+    ids, mask = tokens
+    lengths = mask.sum(1)
+    optimizer = torch.optim.AdamW(_groups(model, config), betas=(0.9, 0.98), fused=True)
+    batch = min(config.batch_size, len(pixels))
+    losses = []
+    for step in range(config.steps):
+        picked = positions(step * batch, batch, len(pixels), config.seed)
+        rows = torch.tensor([index for _, index in picked])
+        words = ids[rows, : int(lengths[rows].max())]
+        loss = _loss(model, pixels[rows], words, config)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, config)
+        optimizer.step()
+        with torch.no_grad():  # a temperature below 0.01 makes training unstable (section 2.5)
+            model.logit_scale.clamp_(0.0, math.log(100.0))
+        if (step + 1) % config.log_every_steps == 0 or step + 1 == config.steps:
+            losses.append((step + 1, _finite(loss.item(), step + 1)))
+            if progress is not None:
+                progress(*losses[-1])
+    return losses
+
+
+def _loss(model: Any, pixels: Tensor, ids: Tensor, config: ClipTraining) -> Tensor:
+    # no attention mask: the text tower is causal and padding comes last, so no real token sees it
+    with torch.autocast(pixels.device.type, torch.bfloat16, config.precision == "bf16"):
+        image = model.get_image_features(_to_float(pixels)).pooler_output
+        text = model.get_text_features(ids).pooler_output
+    same = (ids[:, None] == ids[None]).all(-1)
+    return contrastive_loss(image.float(), text.float(), model.logit_scale.exp(), same)
+
+
+@torch.no_grad()
+def _retrieval(
+    model: Any, pairs: Pairs, encoder: HuggingFaceTextEncoder, device: torch.device | str
+) -> dict[str, float]:
+    """Top-1 rates among all held-out pairs; another pair with an equal caption counts as right."""
+    ids = encoder.tokenize(pairs.captions)[0].to(device)
+    image = model.get_image_features(_to_float(pairs.pixels.to(device))).pooler_output
+    text = model.get_text_features(ids).pooler_output
+    scores = nn.functional.normalize(image, dim=-1) @ nn.functional.normalize(text, dim=-1).T
+    same = (ids[:, None] == ids[None]).all(-1)
+    rows = torch.arange(len(same), device=same.device)
+    return {
+        "picture_to_caption": same[rows, scores.argmax(1)].float().mean().item(),
+        "caption_to_picture": same[rows, scores.argmax(0)].float().mean().item(),
+    }
+
+
+def _build(tokenizer: Any, config: ClipTraining) -> Any:
+    from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
+
+    heads = config.width // (64 if config.width % 64 == 0 else 32)
+    text = clip_text_config(tokenizer, width=config.width, layers=config.layers, heads=heads)
+    vision = CLIPVisionConfig(
+        hidden_size=config.width,
+        intermediate_size=4 * config.width,
+        num_hidden_layers=config.vision_layers,
+        num_attention_heads=heads,
+        image_size=config.image_px,
+        patch_size=config.patch_px,
+    )
+    towers = CLIPConfig(
+        text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=config.width
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        return CLIPModel(towers)
+
+
+def _groups(model: nn.Module, config: ClipTraining) -> list[dict[str, Any]]:
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for name, weight in model.named_parameters():
+        matrix = weight.ndim >= 2 and "embedding" not in name
+        (decayed if matrix else others).append(weight)
+    return [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+
+
+def _multiplies_bf16(device: torch.device | str) -> bool:
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _to_float(pixels: Tensor) -> Tensor:
+    return pixels.float() / 127.5 - 1
+
+
+def _finite(loss: float, step: int) -> float:
+    if not math.isfinite(loss):
+        raise LdmError(
+            f"the loss is {loss} at step {step}",
+            where="train-clip",
+            fix="lower the learning rate",
+            code=ExitCode.NUMERICS,
+        )
+    return loss
+
+
+def _check(config: ClipTraining) -> None:
+    rules: Sequence[tuple[bool, str]] = (
+        (config.steps >= 1, f"steps={config.steps} must be at least 1"),
+        (config.batch_size >= 2, f"batch_size={config.batch_size} must be at least 2"),
+        (config.width % 32 == 0, f"width={config.width} must be a multiple of 32"),
+        (
+            config.image_px % config.patch_px == 0,
+            f"image_px={config.image_px} must be a multiple of patch_px={config.patch_px}",
+        ),
+    )
+    broken = [rule for holds, rule in rules if not holds]
+    if broken:
+        raise LdmError("; ".join(broken), where="train-clip", code=ExitCode.CONFIG)

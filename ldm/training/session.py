@@ -1,0 +1,232 @@
+"""What both training loops share around their mathematics: processes, signals, the optimizer step.
+
+A session owns the Accelerator, the stop flag, and the metrics of one process. It draws nothing and
+knows nothing of what is trained.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm import storage
+from ldm.config.schema import Experiment
+from ldm.errors import ExitCode, LdmError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Progress:
+    """Where a run is; everything else about its position follows from this."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    cursor: int = 0
+    """Samples consumed by all ranks together."""
+    skipped: int = 0
+    """Steps whose gradient was not finite and which changed no weight."""
+    skipped_in_a_row: int = 0
+    """The latest of these, without a good step between."""
+
+
+class StopFlag:
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a flag; a second signal stops at once."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handlers are installed inside and the former ones restored afterwards."""
+        names = [n for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n)]
+        former = {n: signal.signal(getattr(signal, n), self._heard) for n in names}
+        try:
+            yield
+        finally:
+            for name, handler in former.items():
+                signal.signal(getattr(signal, name), handler)
+
+    def _heard(self, number: int, frame: FrameType | None) -> None:
+        if self.name is not None:
+            sys.stderr.write("second signal: stopping at once; the last checkpoint is intact\n")
+            sys.exit(ExitCode.SIGNALLED)
+        self.name = signal.Signals(number).name
+
+
+class Session:
+    """One process of a run.
+
+    Args:
+        config: the experiment.
+    """
+
+    def __init__(self, config: Experiment) -> None:
+        from accelerate import Accelerator
+
+        self.config = config
+        # autocast is ours (`autocast` below): one precision setting, the configuration's
+        self.accelerator = Accelerator(mixed_precision="no")
+        self.device: torch.device = self.accelerator.device
+        self.is_main: bool = self.accelerator.is_main_process
+        self.rank: int = self.accelerator.process_index
+        self.world_size: int = self.accelerator.num_processes
+        self.run_dir = Path(config.run.dir)
+        self.stop = StopFlag()
+        self.metrics = Metrics(self.run_dir, config.run.tensorboard and self.is_main)
+        shares = self.world_size * config.train.accumulation
+        if config.train.batch_size % shares:
+            low = config.train.batch_size // shares * shares
+            raise LdmError(
+                f"train.batch_size={config.train.batch_size} cannot be shared by "
+                f"{self.world_size} ranks x {config.train.accumulation} accumulation steps",
+                where="train.batch_size",
+                fix=f"use {low or shares} or {low + shares}",
+                code=ExitCode.CONFIG,
+            )
+
+    def autocast(self) -> torch.autocast:
+        """The context in which networks run: bf16 products, or plain fp32."""
+        enabled = self.config.train.precision == "bf16"
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
+
+    def any_rank(self, value: bool) -> bool:
+        """True on all ranks as soon as `value` is true on one."""
+        if self.world_size == 1:
+            return value
+        flag = torch.tensor([float(value)], device=self.device)
+        return bool(self.accelerator.reduce(flag, "sum").item() > 0)
+
+    def on_main(self, what: Any) -> None:
+        """Runs `what()` on the main process; its error is raised on every rank alike.
+
+        Without this exchange the other ranks would wait for ever in their next collective.
+        """
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                what()
+            except Exception as caught:  # passed on below, on all ranks
+                error = caught
+        if self.world_size > 1:
+            from accelerate.utils import broadcast_object_list
+
+            error = broadcast_object_list([error])[0]
+        if error is not None:
+            raise error
+
+    def micro_batch_context(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+        """Gradients are exchanged between ranks in the last micro-batch of a step only."""
+        return nullcontext() if last else self.accelerator.no_sync(model)
+
+    def optimizer_step(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, rate: float, progress: Progress
+    ) -> float | None:
+        """Clips and applies the gradients; a step that is not finite changes nothing.
+
+        Gradients were averaged over ranks, so a non-finite value on one rank is seen by all.
+
+        Returns:
+            the gradient norm before clipping, or None when the step was skipped.
+
+        Raises:
+            LdmError: code NUMERICS after `train.max_bad_steps` skipped steps in a row.
+        """
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.config.optim.clip_norm)
+        value = norm.item()  # waits for the device: a check before every step has this price
+        if finite := _isfinite(value):
+            optimizer.step()
+            progress.skipped_in_a_row = 0
+        else:
+            progress.skipped += 1
+            progress.skipped_in_a_row += 1
+            log.warning("step %d: gradient norm is %s; step skipped", progress.step, value)
+            if progress.skipped_in_a_row >= self.config.train.max_bad_steps:
+                bad = [n for n, p in model.named_parameters() if not _all_finite(p.grad)]
+                raise LdmError(
+                    f"{progress.skipped_in_a_row} steps in a row had no finite gradient "
+                    f"(first bad parameter: {bad[0] if bad else 'none, the loss overflowed'})",
+                    where=f"step {progress.step}",
+                    fix="lower optim.learning_rate, or set train.precision=fp32; the weights "
+                    "and the last checkpoint are good",
+                    code=ExitCode.NUMERICS,
+                )
+        optimizer.zero_grad(set_to_none=True)
+        return value if finite else None
+
+
+class Metrics:
+    """metrics.jsonl, one row per logged step, and TensorBoard beside it."""
+
+    def __init__(self, run_dir: Path, tensorboard: bool) -> None:
+        self.path = run_dir / "metrics.jsonl"
+        self.run_dir, self.tensorboard, self.writer = run_dir, tensorboard, None
+
+    def open(self, step: int) -> None:
+        """Starts writing after `step`: rows of steps that will be made again are dropped."""
+        storage.truncate_metrics(self.path, step)
+        if self.tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                log.info("TensorBoard is not installed; metrics.jsonl is written all the same")
+                return
+            self.writer = SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=step + 1)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """One row; `values` are rounded to six digits in the file."""
+        row = {"step": step, **{key: float(f"{value:.6g}") for key, value in values.items()}}
+        storage.append_line(self.path, json.dumps(row))
+        if self.writer is not None:
+            for key, value in values.items():
+                self.writer.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Flushes what is pending."""
+        if self.writer is not None:
+            self.writer.close()
+
+
+class Meter:
+    """Means over the steps since the last log row, without waiting for the device in between."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor | float] = {}
+        self.steps, self.started = 0, time.perf_counter()
+
+    def add(self, values: dict[str, Tensor | float]) -> None:
+        """Adds one step's values."""
+        self.steps += 1
+        for key, value in values.items():
+            value = value.detach() if isinstance(value, Tensor) else value
+            self.sums[key] = self.sums.get(key, 0.0) + value
+
+    def take(self, batch_size: int) -> dict[str, float]:
+        """The means and the throughput since the last call."""
+        elapsed = time.perf_counter() - self.started
+        means = {key: float(value) / self.steps for key, value in self.sums.items()}
+        means["images_per_second"] = self.steps * batch_size / max(elapsed, 1e-9)
+        self.sums, self.steps, self.started = {}, 0, time.perf_counter()
+        return means
+
+
+def _isfinite(value: float) -> bool:
+    return value == value and abs(value) != float("inf")
+
+
+def _all_finite(gradient: Tensor | None) -> bool:
+    return gradient is None or bool(torch.isfinite(gradient).all())
