@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from ldm.checkpoint import find_checkpoint, load_strict, load_tensors
+from ldm.checkpoint import WEIGHTS, find_checkpoint, load_strict, load_tensors
 from ldm.config.schema import (
     DataConfig,
     DiffusionConfig,
@@ -24,19 +25,20 @@ from ldm.config.schema import (
     VaeModelConfig,
     VaeRef,
 )
+from ldm.data.holdout import split_holdout
 from ldm.data.sources import SourceSpec, open_source
 from ldm.diffusion.core import Diffusion
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.process import PROCESSES
 from ldm.errors import ExitCode, LdmError
-from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.autoencoder_config import AutoencoderConfig
 from ldm.models.dit import DiT, DiTConfig
 from ldm.models.text import HuggingFaceTextEncoder, load_text_encoder, random_text_encoder
-from ldm.models.unet import UNet2DCondition, UNetConfig
+from ldm.models.unet import UNet
+from ldm.models.unet_config import UNetConfig
 from ldm.storage import read_json
 from ldm.types import Source
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -87,8 +89,8 @@ def load_denoiser(checkpoint: Path) -> tuple[nn.Module, str]:
     for name in ("transformer", "unet"):
         folder = checkpoint / name
         if (folder / "config.json").is_file():
-            values = read_json(folder / "config.json")
-            return freeze(_with_weights(lambda: _denoiser_of(values), folder)), name
+            make = partial(_denoiser_of, read_json(folder / "config.json"))
+            return freeze(_with_weights(make, folder)), name
     raise LdmError(
         "there is no denoiser here: neither transformer/config.json nor unet/config.json",
         where=str(checkpoint),
@@ -132,7 +134,7 @@ def build_denoiser(
         cross_attention_dim=text.width,
         norm_num_groups=config.norm_num_groups,
     )
-    return seeded(lambda: UNet2DCondition(unet), seed)
+    return seeded(lambda: UNet(unet), seed)
 
 
 def load_text(config: TextConfig, captions: Sequence[str], seed: int) -> HuggingFaceTextEncoder:
@@ -156,20 +158,25 @@ def build_diffusion(config: DiffusionConfig) -> Diffusion:
     )
 
 
-def open_data(config: DataConfig, seed: int) -> Source:
-    """The data set of an experiment, held-out pictures included."""
-    return open_source(
-        SourceSpec(
-            source=config.source,
-            path=config.path,
-            split=config.split,
-            caption_column=config.caption_column,
-            image_column=config.image_column,
-            count=config.count,
-            image_px=config.image_px,
-            seed=seed,
-            missing_caption=config.missing_caption,
-        )
+def open_data(config: DataConfig) -> tuple[Source, Source | None]:
+    """Training and held-out data; the held-out captions of `shapes` are a split of their own."""
+    source = open_source(_source_spec(config))
+    if config.source == "shapes":
+        held = config.model_copy(update={"split": "val", "count": config.holdout or 64})
+        return source, open_source(_source_spec(held))
+    return split_holdout(source, config.holdout)
+
+
+def _source_spec(config: DataConfig) -> SourceSpec:
+    return SourceSpec(
+        source=config.source,
+        path=config.path or "",
+        split=config.split,
+        caption_column=config.caption_column,
+        image_column=config.image_column,
+        count=config.count,
+        image_px=config.image_px,
+        missing_caption=config.missing_caption,
     )
 
 
@@ -197,7 +204,7 @@ def _denoiser_of(values: dict[str, object]) -> nn.Module:
     if kind == "LdmDiT":
         return DiT(DiTConfig.from_json(values))
     if kind == "UNet2DConditionModel":
-        return UNet2DCondition(UNetConfig.from_diffusers(values))
+        return UNet(UNetConfig.from_diffusers(values))
     raise LdmError(
         f"unknown denoiser class {kind!r}",
         where="config.json",

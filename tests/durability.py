@@ -99,13 +99,16 @@ class Disk:
     _rmdir = _unlink
 
 
-def power_cuts(root: Path, action: Any) -> list[Tree]:
-    """Runs `action` and returns every state that a power cut during or after it may leave."""
+def power_cuts(root: Path, action: Any, *, afterwards: bool = False) -> list[Tree]:
+    """Runs `action`; every state that a power cut during it or after it (only after) may leave."""
     disk = Disk(root)
     ops.hook = disk
     try:
         action()
         disk.settle()
+        if afterwards:
+            disk.seen.clear()
+            disk.settle()
     finally:
         ops.hook = None
     return list(disk.seen.values())
@@ -123,10 +126,14 @@ def materialise(tree: Tree, path: Path) -> None:
 
 def _states(node: Any, top: bool = False) -> Iterator[Any]:
     if isinstance(node, File):
-        yield from {node.durable or b"", node.data}
+        yield node.durable or b""
+        if node.data != node.durable:
+            yield node.data
         return
     count = len(node.pending)
-    if top:  # every combination of what happened in the run directory itself
+    if count > 6:  # without syncs only: whatever happened up to some moment, and nothing after
+        kept = iter([(True,) * n + (False,) * (count - n) for n in range(count, -1, -1)])
+    elif top:  # every combination of what happened in the run directory itself
         kept = itertools.product((True, False), repeat=count)
     else:
         kept = iter([(True,) * count, (False,) * count][: 2 if count else 1])

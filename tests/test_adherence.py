@@ -165,9 +165,15 @@ def test_exchanged_places_are_a_wrong_relation_and_nothing_else() -> None:
     assert check(pixels, TWINS).wrong == ("relation",)
 
 
-def test_two_objects_of_one_colour_are_a_wrong_colour_and_nothing_else() -> None:
-    pixels = drawn("white", ("small blue circle", 0.25, 0.5), ("small blue circle", 0.75, 0.5))
-    assert check(pixels, TWINS).wrong == ("colour",)
+@pytest.mark.parametrize("relation", ["left of", "right of"])
+@pytest.mark.parametrize("colour", ["red", "blue"])
+def test_two_objects_of_one_colour_are_a_wrong_colour_and_nothing_else(
+    relation: str, colour: str
+) -> None:
+    # either could be the one described in that colour: only the relation tells which
+    name = f"small {colour} circle"
+    pixels = drawn("white", (name, 0.25, 0.5), (name, 0.75, 0.5))
+    assert check(pixels, TWINS.replace("left of", relation)).wrong == ("colour",)
 
 
 def test_a_diagonal_is_not_left_of() -> None:
@@ -207,8 +213,14 @@ def test_objects_that_touch_are_one_object() -> None:
 
 def test_a_two_coloured_object_has_no_colour() -> None:
     pixels = drawn("white", ("large red square", 0.5, 0.5))
-    pixels[:, :32][(pixels[:, :32] != 255).any(-1)] = COLOURS["blue"]
+    pixels[:, :30][(pixels[:, :30] != 255).any(-1)] = COLOURS["blue"]
     assert check(pixels, "a large red square on a white background").wrong == ("colour",)
+
+
+def test_a_bar_is_none_of_the_shapes() -> None:
+    pixels = np.full((64, 64, 3), 255, np.uint8)
+    pixels[28:36, 12:52] = COLOURS["red"]
+    assert [found.shape for found in look(pixels).objects] == [None]
 
 
 def test_a_ring_is_not_a_circle() -> None:

@@ -10,11 +10,12 @@ import sys
 import diffusers
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.testing import assert_close
+
 from ldm.errors import LdmError
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 from ldm.models.layers import attend
-from torch import Tensor, nn
-from torch.testing import assert_close
 
 CONFIGS = {
     "one level": AutoencoderConfig(block_out_channels=(16,), layers_per_block=1, norm_num_groups=4),
@@ -119,7 +120,7 @@ def test_the_stable_diffusion_vae_is_built_from_its_own_config_file() -> None:
         ours = AutoencoderKL(config)
         theirs = diffusers.AutoencoderKL.from_config(STABLE_DIFFUSION_1)
     assert sum(p.numel() for p in ours.parameters()) == 83_653_863
-    assert list(ours.state_dict()) != [] and set(ours.state_dict()) == set(theirs.state_dict())
+    assert set(ours.state_dict()) == set(theirs.state_dict())
 
 
 def test_absent_keys_mean_what_diffusers_means() -> None:

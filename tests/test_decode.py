@@ -80,6 +80,14 @@ def test_thirty_two_bit_grey_tiff_is_scaled_by_its_depth():
     assert_colours(decode(encoded(image, "TIFF")), [[[0], [128], [255]]])
 
 
+def test_unsigned_thirty_two_bit_grey_tiff_uses_its_whole_range():
+    file = encoded(Image.fromarray(np.array([[0, -(2**31), -1]], dtype=np.int32)), "TIFF")
+    signed = struct.pack("<HHIHH", 339, 3, 1, 2, 0)
+    assert file.count(signed) == 1
+    file = file.replace(signed, struct.pack("<HHIHH", 339, 3, 1, 1, 0))
+    assert_colours(decode(file), [[[0], [128], [255]]])
+
+
 def test_negative_grey_values_are_refused_since_their_range_is_unknown():
     image = Image.fromarray(np.array([[-5, 7]], dtype=np.int32))
     assert "negative grey" in reason(encoded(image, "TIFF"))

@@ -113,6 +113,8 @@ def test_a_sample_looks_the_same_whoever_loads_it_and_new_in_another_epoch():
         for batch in first(shared, 4):
             for name, row in zip(batch.ids, batch.pixels, strict=True):
                 assert torch.equal(row, alone[name])
+    other_places = pictures(first(load(Noise(8), batch_size=8), 1))
+    assert all(torch.equal(other_places[name], alone[name]) for name in alone)
     later = pictures(first(load(Noise(8)), 2, cursor=8))
     assert any(not torch.equal(later[name], alone[name]) for name in alone)
 

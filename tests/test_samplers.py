@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 
@@ -24,6 +24,15 @@ GAUSSIAN = Gaussian()
 SIZES = (80, 160, 320)
 FLOW = PROCESSES["rectified_flow"]
 STOCHASTIC = [name for name, sampler in SAMPLERS.items() if sampler.stochastic]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tens of thousands of tiny products: a second thread only makes them wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def grid_of(process: Process, times: Tensor) -> list[Level]:

@@ -242,10 +242,22 @@ def test_two_metadata_files_in_one_folder_are_refused(folder):
     assert "which one counts" in refusal(folder)
 
 
-@pytest.mark.parametrize("escape", ["../secret.png", "images/../../secret.png", "{absolute}"])
+@pytest.mark.parametrize(
+    "escape",
+    [
+        "../secret.png",
+        "images/../../secret.png",
+        "../door/images/a.png",
+        ".hidden/secret.png",
+        "{outside}/secret.png",
+        "{outside}/data/images/a.png",
+    ],
+)
 def test_a_metadata_row_may_not_leave_the_folder(folder, escape):
-    secret = paint(folder.parent / "secret.png")
-    name = escape.format(absolute=secret)
+    paint(folder.parent / "secret.png")
+    (folder.parent / "door").symlink_to(folder)
+    (folder / ".hidden").symlink_to(folder.parent)
+    name = escape.format(outside=folder.parent)
     with_metadata(folder, [{"file_name": name, "text": "x"}])
     assert "leads outside the data folder" in refusal(folder)
 

@@ -9,12 +9,13 @@ import diffusers
 import pytest
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
+from torch import Tensor, nn
+from torch.testing import assert_close
+
 from ldm.errors import LdmError
 from ldm.models.layers import timestep_embedding
 from ldm.models.unet import UNet, UNetConfig
 from ldm.types import Denoiser, TextEmbedding
-from torch import Tensor, nn
-from torch.testing import assert_close
 
 SMALL_SD1 = UNetConfig(
     sample_size=8,
@@ -120,19 +121,28 @@ def test_prediction_equals_diffusers_to_1e_5(
 
 @pytest.mark.parametrize("masked", [False, True], ids=["all real", "padded"])
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "checkpointed"])
-def test_gradients_equal_diffusers(name: str, masked: bool, recompute: bool) -> None:
+def test_gradients_equal_diffusers(name: str, masked: bool) -> None:
+    # float64: the claim is that the formula is the same, at any tolerance rounding allows. A
+    # masked score is -10000 there and -inf here: both are exactly 0 after the softmax.
     ours, theirs = twins(CONFIGS[name], torch.float64)
-    ours.gradient_checkpointing = recompute
     x, t, text = inputs(CONFIGS[name], masked, dtype=torch.float64)
     ours(x, t, text).square().mean().backward()
     mask = text.mask if masked else None
     theirs(x, t, text.tokens, encoder_attention_mask=mask).sample.square().mean().backward()
     expected = dict(theirs.named_parameters())
     for key, parameter in ours.named_parameters():
-        # the masked score is -10000 there and -inf here: both are exactly 0 after softmax; the
-        # gradients left differ by the float32 sinusoids that both round alike
         assert_close(parameter.grad, expected[key].grad, rtol=1e-4, atol=1e-10, msg=key)
+
+
+def test_checkpointing_changes_no_gradient() -> None:
+    model, _ = twins(SMALL_SD1, torch.float64)
+    x, t, text = inputs(SMALL_SD1, masked=True, dtype=torch.float64)
+    gradients = []
+    for model.gradient_checkpointing in (False, True):
+        model.zero_grad()
+        model(x, t, text).square().mean().backward()
+        gradients.append({key: p.grad.clone() for key, p in model.named_parameters()})
+    assert_close(gradients[0], gradients[1], rtol=0, atol=0)
 
 
 def test_checkpointing_keeps_fewer_activations() -> None:

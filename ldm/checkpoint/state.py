@@ -82,7 +82,8 @@ def optimizer_state(
         named: `model.named_parameters()`; every parameter of the optimizer must be among them.
 
     Returns:
-        Tensors named `<slot>/<parameter>`, and JSON facts: groups, slots and plain values.
+        Tensors named `<slot>/<parameter>`, which share memory with the optimizer, and JSON facts:
+        groups, slots and plain values.
     """
     names = {id(parameter): name for name, parameter in named}
     tensors: dict[str, Tensor] = {}

@@ -30,7 +30,10 @@ class Settings:
     places: dict[str, str] = field(default_factory=dict)
 
     def place(self, key: str) -> str:
-        """File and line of `key`, or of the nearest section around it."""
+        """File and line of `key`, of a key inside it, or of the nearest section around it."""
+        inside = [place for name, place in self.places.items() if name.startswith(f"{key}.")]
+        if key not in self.places and inside:
+            return inside[-1]
         parts = key.split(".")
         while parts:
             if (found := self.places.get(".".join(parts))) is not None:
@@ -57,9 +60,9 @@ def load(paths: Sequence[str], overrides: Sequence[str] = (), *, stage: str | No
         _override(text, settings)
     name = settings.values.get("stage")
     if name not in STAGES:
-        raise _failure([
-            f"{settings.place('stage')}: stage: got {name!r}; must be one of {', '.join(STAGES)}"
-        ])
+        raise _failure(
+            [f"{settings.place('stage')}: stage: got {name!r}; must be one of {', '.join(STAGES)}"]
+        )
     if stage is not None and name != stage:
         raise LdmError(
             f"this file describes stage {name!r}, but the command trains {stage!r}",
@@ -81,9 +84,59 @@ def dump(config: Experiment) -> str:
     return yaml.safe_dump(ordered, sort_keys=False, allow_unicode=True, width=100)
 
 
+MAY_CHANGE = (
+    "run.",
+    "preview.",
+    "cache.",
+    "sample.",
+    "data.workers",
+    "data.max_bad_fraction",
+    "train.steps",
+    "train.compile",
+    "train.accumulation",
+    "train.gradient_checkpointing",
+    "train.max_bad_steps",
+    "optim.",
+)
+"""Keys that a resumed run may change; everything else would make it another experiment."""
+
+
+def refuse_another_experiment(path: Path, config: Experiment) -> None:
+    """Compares a run's stored configuration with the one given now.
+
+    Raises:
+        LdmError: code CONFIG with every difference that a resume must not have.
+    """
+    then = _flat(yaml.safe_load(path.read_text(encoding="utf-8")))
+    now = _flat(yaml.safe_load(dump(config)))
+    changed = [
+        f"{key}: {then.get(key)!r} -> {now.get(key)!r}"
+        for key in sorted(then.keys() | now.keys())
+        if then.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+    ]
+    if changed:
+        raise LdmError(
+            "the run was started with another configuration: " + "; ".join(changed),
+            where=str(path),
+            fix="use another run.dir, or the former values",
+            code=ExitCode.CONFIG,
+        )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
+
+
 def _failure(lines: Sequence[str]) -> LdmError:
-    head = "the configuration has a mistake" if len(lines) == 1 else (
-        f"the configuration has {len(lines)} mistakes"
+    head = (
+        "the configuration has a mistake"
+        if len(lines) == 1
+        else (f"the configuration has {len(lines)} mistakes")
     )
     return LdmError(f"{head}\n" + "\n".join(f"  {x}" for x in lines), code=ExitCode.CONFIG)
 
@@ -225,6 +278,9 @@ def _describe(kind: type[Experiment], detail: Any, settings: Settings) -> str:
         )
         hint = f"; did you mean {_full(near[0], known)}?" if near else ""
         return f"{place}: unknown key {key}{hint}"
+    if detail["type"] == "union_tag_invalid":
+        legal = detail["ctx"]["expected_tags"]
+        return f"{place}: {key}.kind: got {detail['ctx']['tag']!r}; must be one of {legal}"
     if detail["type"] == "missing":
         return f"{place}: {key} is missing; fix: add it, for example run.dir=runs/mine"
     rule = rule.removeprefix("Value error, ").removeprefix("Input should be ")

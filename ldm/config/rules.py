@@ -34,59 +34,90 @@ def _shared_conflicts(config: Experiment) -> Iterator[tuple[str, str, str]]:
     if data.source != "shapes" and data.path is None:
         yield "data.path", f"data.source={data.source} needs a path", "data.path=FOLDER"
     if data.source == "shapes" and data.path is not None:
-        yield "data.path", "data.source=shapes draws its own pictures and reads no path", (
-            "remove data.path, or set data.source=imagefolder"
+        yield (
+            "data.path",
+            "data.source=shapes draws its own pictures and reads no path",
+            ("remove data.path, or set data.source=imagefolder"),
         )
     if data.source == "shapes" and data.flip:
-        yield "data.flip", "shapes captions say left and right, so mirroring would falsify them", (
-            "data.flip=false"
+        yield (
+            "data.flip",
+            "shapes captions say left and right, so mirroring would falsify them",
+            ("data.flip=false"),
         )
     if train.batch_size % train.accumulation:
-        yield "train.batch_size", (
-            f"{train.batch_size} cannot be split into train.accumulation={train.accumulation} parts"
-        ), f"train.batch_size={_multiple(train.batch_size, train.accumulation)}"
+        yield (
+            "train.batch_size",
+            (
+                f"{train.batch_size} cannot be split into "
+                f"train.accumulation={train.accumulation} parts"
+            ),
+            f"train.batch_size={_multiple(train.batch_size, train.accumulation)}",
+        )
     if optim.warmup_steps > train.steps:
-        yield "optim.warmup_steps", (
-            f"{optim.warmup_steps} steps of warm-up are more than train.steps={train.steps}"
-        ), f"optim.warmup_steps={train.steps // 10}"
+        yield (
+            "optim.warmup_steps",
+            (f"{optim.warmup_steps} steps of warm-up are more than train.steps={train.steps}"),
+            f"optim.warmup_steps={train.steps // 10}",
+        )
 
 
 def _diffusion_conflicts(config: DiffusionExperiment) -> Iterator[tuple[str, str, str]]:
     diffusion, model = config.diffusion, config.model
     legal = ADMISSIBLE[diffusion.process]
     if diffusion.prediction not in legal:
-        yield "diffusion.prediction", (
-            f"{diffusion.prediction} cannot be used with diffusion.process={diffusion.process}: "
-            "at one end of the process x0 cannot be recovered from it"
-        ), f"diffusion.prediction={legal[0]} (legal: {', '.join(legal)})"
+        yield (
+            "diffusion.prediction",
+            (
+                f"{diffusion.prediction} cannot be used with "
+                f"diffusion.process={diffusion.process}: at one end of the process x0 cannot be "
+                "recovered from it"
+            ),
+            f"use one of {', '.join(legal)}",
+        )
     if config.sample.interval[0] >= config.sample.interval[1]:
         yield "sample.interval", f"{config.sample.interval} is empty", "sample.interval=[0.0, 1.0]"
     if config.sample.cfg_scale not in (0.0, 1.0) and diffusion.caption_dropout == 0:
-        yield "sample.cfg_scale", (
-            "guidance needs a network that was trained without captions some of the time, "
-            "but diffusion.caption_dropout=0"
-        ), "diffusion.caption_dropout=0.1, or sample.cfg_scale=1"
+        yield (
+            "sample.cfg_scale",
+            (
+                "guidance needs a network that was trained without captions some of the time, "
+                "but diffusion.caption_dropout=0"
+            ),
+            "diffusion.caption_dropout=0.1, or sample.cfg_scale=1",
+        )
     factor = config.vae.random.downsample_factor if config.vae.path is None else 1
     if config.vae.path is None:
         yield from _vae_conflicts(config.vae.random, "vae.random")
     if isinstance(model, DitConfig):
         if model.hidden_size % model.head_dim or model.hidden_size % 4:
-            yield "model.hidden_size", (
-                f"{model.hidden_size} is not a multiple of model.head_dim={model.head_dim}"
-            ), f"model.hidden_size={_multiple(model.hidden_size, model.head_dim)}"
+            yield (
+                "model.hidden_size",
+                (f"{model.hidden_size} is not a multiple of model.head_dim={model.head_dim}"),
+                f"model.hidden_size={_multiple(model.hidden_size, model.head_dim)}",
+            )
         yield from _size_conflicts(config.data.image_px, factor * model.patch_size)
     else:
         for width in model.block_out_channels:
             if width % model.norm_num_groups or width % model.heads:
-                yield "model.block_out_channels", (
-                    f"{width} is not a multiple of model.norm_num_groups={model.norm_num_groups} "
-                    f"and of model.heads={model.heads}"
-                ), f"use {_multiple(width, model.norm_num_groups * model.heads)}"
+                yield (
+                    "model.block_out_channels",
+                    (
+                        f"{width} is not a multiple of "
+                        f"model.norm_num_groups={model.norm_num_groups} "
+                        f"and of model.heads={model.heads}"
+                    ),
+                    f"use {_multiple(width, model.norm_num_groups * model.heads)}",
+                )
         if len(model.attention_levels) != len(model.block_out_channels):
-            yield "model.attention_levels", (
-                f"{len(model.attention_levels)} entries for "
-                f"{len(model.block_out_channels)} levels of model.block_out_channels"
-            ), "give one true or false per level"
+            yield (
+                "model.attention_levels",
+                (
+                    f"{len(model.attention_levels)} entries for "
+                    f"{len(model.block_out_channels)} levels of model.block_out_channels"
+                ),
+                "give one true or false per level",
+            )
         unet_factor = 2 ** (len(model.block_out_channels) - 1)
         yield from _size_conflicts(config.data.image_px, factor * unet_factor)
 
@@ -94,17 +125,21 @@ def _diffusion_conflicts(config: DiffusionExperiment) -> Iterator[tuple[str, str
 def _vae_conflicts(model: VaeModelConfig, key: str) -> Iterator[tuple[str, str, str]]:
     for width in model.block_out_channels:
         if width % model.norm_num_groups:
-            yield f"{key}.block_out_channels", (
-                f"{width} is not a multiple of {key}.norm_num_groups={model.norm_num_groups}"
-            ), f"use {_multiple(width, model.norm_num_groups)}"
+            yield (
+                f"{key}.block_out_channels",
+                (f"{width} is not a multiple of {key}.norm_num_groups={model.norm_num_groups}"),
+                f"use {_multiple(width, model.norm_num_groups)}",
+            )
 
 
 def _size_conflicts(image_px: int, factor: int) -> Iterator[tuple[str, str, str]]:
     if image_px % factor:
         low = image_px // factor * factor
         sizes = f"{low} or {low + factor}" if low else f"{factor}"
-        yield "data.image_px", f"{image_px} is not a multiple of {factor}, the model's stride", (
-            f"data.image_px={sizes}"
+        yield (
+            "data.image_px",
+            f"{image_px} is not a multiple of {factor}, the model's stride",
+            (f"data.image_px={sizes}"),
         )
 
 

@@ -85,7 +85,7 @@ class DataConfig(Section):
     missing_caption: Literal["error", "empty"] = "error"
     """What a picture without a caption means: stop and list them, or train it unconditionally."""
     holdout: Whole = 0
-    """Pictures kept out of training, for reconstruction and loss figures; `shapes` draws its own."""
+    """Pictures kept out of training, for held-out figures; `shapes` draws its own."""
     crop: Literal["center", "random"] = "center"
     """Where the square is cut after the short side has been resized."""
     flip: bool = False
@@ -130,8 +130,9 @@ class TrainConfig(Section):
     """Micro-batches per optimizer step on each rank."""
     seed: Whole = 0
     """Every draw and the data order are functions of this number."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Autocast precision of the network; weights, optimizer and EMA are always fp32."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Autocast precision of the network; weights, optimizer and EMA are always fp32. auto takes
+    bf16 where the device multiplies it in hardware, and a resumed run keeps what it began with."""
     compile: bool = False
     """Compile the network with torch.compile (needs a C++ compiler on CPUs)."""
     max_bad_steps: Count = 3

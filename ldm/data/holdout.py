@@ -59,4 +59,6 @@ def split_holdout(source: Source, count: int) -> tuple[Source, Source | None]:
         )
     keys = [hashlib.sha256(name.encode()).digest() for name in source.ids]
     order = sorted(range(len(source)), key=lambda row: keys[row])
-    return Subset(source, tuple(sorted(order[count:]))), Subset(source, tuple(sorted(order[:count])))
+    return Subset(source, tuple(sorted(order[count:]))), Subset(
+        source, tuple(sorted(order[:count]))
+    )

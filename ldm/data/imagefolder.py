@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import os
+import posixpath
 from dataclasses import dataclass
 from pathlib import Path
 
 from ldm.data.captions import (
-    Row,
     bad_data,
     check_column,
     clean,
@@ -65,7 +65,7 @@ def open_imagefolder(
     root = _split_folder(Path(path).expanduser(), split)
     pictures, metadata = _scan(root)
     if metadata:
-        captions = _captions_from_metadata(root, metadata, caption_column)
+        captions = _captions_from_metadata(root, metadata, caption_column, frozenset(pictures))
         fix = f"add their rows to {metadata[0]}"
     else:
         captions = _captions_beside(root, pictures)
@@ -108,6 +108,7 @@ def _scan(root: Path) -> tuple[list[str], list[Path]]:
             if name.startswith("."):
                 continue
             if name in _METADATA:
+                _require_inside(base, str(place))
                 metadata.append(place)
             elif place.suffix.lower() in SUFFIXES:
                 _require_inside(base, str(place))
@@ -143,7 +144,9 @@ def _require_inside(base: str, place: str) -> None:
         )
 
 
-def _captions_from_metadata(root: Path, files: list[Path], column: str) -> dict[str, str]:
+def _captions_from_metadata(
+    root: Path, files: list[Path], column: str, pictures: frozenset[str]
+) -> dict[str, str]:
     captions: dict[str, str] = {}
     absent: list[str] = []
     for file in files:
@@ -151,19 +154,15 @@ def _captions_from_metadata(root: Path, files: list[Path], column: str) -> dict[
         columns = list(dict.fromkeys(key for _, row in rows for key in row))
         if rows:
             check_column("file_name", columns, key="the column of picture names", where=file)
-            check_column(
-                column,
-                [name for name in columns if name != "file_name"],
-                key="data.caption_column",
-                where=file,
-            )
+            others = [name for name in columns if name != "file_name"]
+            check_column(column, others, key="data.caption_column", where=file)
         for number, row in rows:
             place = f"{file}:{number}"
-            name = _row_name(root, file, (number, row))
+            name = _row_name(file.parent.relative_to(root).as_posix(), row.get("file_name"), place)
             if name in captions:
                 raise bad_data(f"a second row for {name}", place, "keep one row per picture")
             captions[name] = clean(row.get(column), place)
-            if not os.path.isfile(root / name):
+            if name not in pictures and not _exists_inside(root, name, place):
                 absent.append(name)
     if absent:
         raise bad_data(
@@ -174,22 +173,23 @@ def _captions_from_metadata(root: Path, files: list[Path], column: str) -> dict[
     return captions
 
 
-def _row_name(root: Path, file: Path, row: Row) -> str:
-    """The picture of a metadata row, relative to `root`; refuses to leave `root`."""
-    number, fields = row
-    name, place = fields.get("file_name"), f"{file}:{number}"
+def _row_name(folder: str, name: object, where: str) -> str:
+    """The picture of a metadata row in `folder`, relative to the data folder it may not leave."""
     if not isinstance(name, str) or not name or "\0" in name:
-        raise bad_data(f"file_name is {name!r}, not the name of a file", place)
+        raise bad_data(f"file_name is {name!r}, not the name of a file", where)
+    relative = posixpath.normpath(posixpath.join(folder, _identity(name, where)))
+    if posixpath.isabs(relative) or relative.split("/")[0] == "..":
+        raise bad_data(f"file_name {name!r} leads outside the data folder", where)
+    return relative
+
+
+def _exists_inside(root: Path, name: str, where: str) -> bool:
+    """Whether a file that the scan did not meet exists; it may lie behind links."""
+    target = os.path.realpath(root / name)
     base = os.path.realpath(root)
-    lexical = os.path.normpath(os.path.join(file.parent, _identity(name, place)))
-    relative = os.path.relpath(lexical, root)
-    resolved = os.path.realpath(lexical)
-    outside = relative.split(os.sep)[0] == os.pardir or os.path.isabs(name)
-    if outside or os.path.commonpath([base, resolved]) != base:
-        raise bad_data(
-            f"file_name {name!r} leads outside the data folder", place, f"move the file into {root}"
-        )
-    return Path(relative).as_posix()
+    if os.path.commonpath([base, target]) != base:
+        raise bad_data(f"file_name {name!r} leads outside the data folder, to {target}", where)
+    return os.path.isfile(target)
 
 
 def _captions_beside(root: Path, pictures: list[str]) -> dict[str, str]:

@@ -13,7 +13,6 @@ from torch import Tensor
 from ldm.diffusion.names import missing_std_error, singular_error
 from ldm.diffusion.prediction import PREDICTIONS, Prediction
 from ldm.diffusion.process import Process
-from ldm.errors import LdmError
 from ldm.types import Denoiser, Level, TextEmbedding
 
 SIGMA_FLOOR = 1e-12
@@ -98,23 +97,30 @@ class Diffusion:
         Raises:
             LdmError: the determinant vanishes, or data_std is missing; names a legal choice.
         """
-        t = torch.linspace(0, self.process.t_max, 1001, dtype=torch.float64)
-        alpha, sigma = self.process.coefficients(t)
+        alpha, sigma = self.process.coefficients(_times(self.process))
         loud = bool(torch.hypot(alpha, sigma).max() > INPUT_STD_CEILING)
         if self.data_std is None and (loud or self.prediction.needs_data_std):
             raise missing_std_error(self.process.name, self.prediction.name)
-        gains = torch.stack(self.solution(alpha, sigma)).abs().amax(0).nan_to_num(nan=torch.inf)
-        worst = int(gains.argmax())
-        if gains[worst] > GAIN_CEILING:
-            reason = f"alpha({float(t[worst]):g})={float(alpha[worst]):g}"
+        gain, t = _worst(self)
+        if gain > GAIN_CEILING:
+            reason = f"alpha({t:g})={self.process.level(t).alpha:g}"
             legal = tuple(p.name for p in PREDICTIONS.values() if admissible(self.process, p))
             raise singular_error(self.process.name, self.prediction.name, reason, legal)
 
 
 def admissible(process: Process, prediction: Prediction) -> bool:
     """Whether the determinant lets x0 be recovered at every time, given a data_std."""
-    try:
-        Diffusion(process, prediction, data_std=1.0).check()
-    except LdmError:
-        return False
-    return True
+    return _worst(Diffusion(process, prediction, data_std=1.0))[0] <= GAIN_CEILING
+
+
+def _worst(diffusion: Diffusion) -> tuple[float, float]:
+    """The largest factor between x_t or y and x0, and the time where it occurs."""
+    times = _times(diffusion.process)
+    solution = diffusion.solution(*diffusion.process.coefficients(times))
+    gains = torch.stack(solution).abs().amax(0).nan_to_num(nan=torch.inf)
+    worst = int(gains.argmax())
+    return float(gains[worst]), float(times[worst])
+
+
+def _times(process: Process) -> Tensor:
+    return torch.linspace(0, process.t_max, 1001, dtype=torch.float64)

@@ -26,7 +26,8 @@ RATIO_MAX = 80.0
 KARRAS_RHO = 7.0
 """Karras et al. 2022 (arXiv 2206.00364), eq. 5."""
 
-Spacing = Callable[[Process, int, float], Tensor]
+Spacing = Callable[[Process, int, float, float], Tensor]
+"""(process, steps, low, high) -> steps times from high down, all above low or, at t_min, on it."""
 
 
 def shift_time(process: Process, t: Tensor, shift: float) -> Tensor:
@@ -50,13 +51,14 @@ def shift_time(process: Process, t: Tensor, shift: float) -> Tensor:
     return process.t_at(process.logsnr(t) - 2 * math.log(shift))
 
 
-def shift_origin(process: Process, shift: float) -> float:
-    """The time that `shift` moves to t_max; grids and laws end here, so none piles up at t_max.
+def shift_domain(process: Process, shift: float) -> tuple[float, float]:
+    """The times that `shift` moves to 0 and t_max; grids and laws span these, so none piles up.
 
-    t_max itself where the process reaches pure noise (rectified flow) and for shift <= 1.
+    0 and t_max themselves where the process reaches pure data and pure noise (rectified flow).
     """
-    end = torch.tensor(process.t_max, dtype=torch.float64)
-    return process.t_max if shift <= 1 else float(shift_time(process, end, 1 / shift))
+    ends = torch.tensor([0.0, process.t_max], dtype=torch.float64)
+    low, high = shift_time(process, ends, 1 / shift if shift else 0.0).tolist()
+    return (low, process.t_max) if shift <= 1 else (0.0, high)
 
 
 def levels(
@@ -79,7 +81,7 @@ def levels(
     if steps < 1:
         raise LdmError(f"steps must be at least 1, got {steps}", where="steps", fix="try 50")
     place = named("spacing", SPACINGS, spacing)
-    times = shift_time(process, place(process, steps, shift_origin(process, shift)), shift)
+    times = shift_time(process, place(process, steps, *shift_domain(process, shift)), shift)
     chosen = (*(process.level(t) for t in times.tolist()), CLEAN)
     assert all(a.sigma * b.alpha > b.sigma * a.alpha for a, b in pairwise(chosen))
     return chosen
@@ -122,7 +124,8 @@ def sample_times(
         (B,) float64 times in [process.t_min, process.t_max].
     """
     law = named("timestep distribution", DISTRIBUTIONS, distribution)
-    t = shift_origin(process, shift) * law(u.double(), mean, std)
+    low, high = shift_domain(process, shift)
+    t = low + (high - low) * law(u.double(), mean, std)
     return shift_time(process, t, shift).clamp(process.t_min, process.t_max)
 
 
@@ -135,18 +138,20 @@ def _logit_normal_law(u: Tensor, mean: float, std: float) -> Tensor:
     return torch.sigmoid(mean + std * torch.special.ndtri(u))
 
 
-def _uniform(process: Process, steps: int, end: float) -> Tensor:
-    """Equal steps in t from the noisiest time to 0."""
-    return end * (1 - torch.arange(steps, dtype=torch.float64) / steps)
+def _uniform(process: Process, steps: int, low: float, high: float) -> Tensor:
+    """Equal steps in t down to the clean end."""
+    return low + (high - low) * (1 - torch.arange(steps, dtype=torch.float64) / steps)
 
 
-def _trailing(process: Process, steps: int, end: float) -> Tensor:
+def _trailing(process: Process, steps: int, low: float, high: float) -> Tensor:
     """As uniform, rounded to the training grid: Lin et al. 2023 (arXiv 2305.08891), table 2."""
     _check_discrete(steps)
-    return end * (_uniform(process, steps, 1.0) * TRAINING_STEPS).round() / TRAINING_STEPS
+    return low + (high - low) * (
+        _uniform(process, steps, 0, TRAINING_STEPS).round() / TRAINING_STEPS
+    )
 
 
-def _leading(process: Process, steps: int, end: float) -> Tensor:
+def _leading(process: Process, steps: int, low: float, high: float) -> Tensor:
     """Every (1000 // steps)-th training time from the second one up, as Stable Diffusion 1 and 2.
 
     The noisiest time is not visited; kept because published models were tuned with it.
@@ -154,33 +159,33 @@ def _leading(process: Process, steps: int, end: float) -> Tensor:
     _check_discrete(steps)
     stride = TRAINING_STEPS // steps
     backwards = torch.arange(steps - 1, -1, -1, dtype=torch.float64)
-    return end * (backwards * stride + min(2, stride)) / TRAINING_STEPS
+    return low + (high - low) * (backwards * stride + min(2, stride)) / TRAINING_STEPS
 
 
-def _logsnr(process: Process, steps: int, end: float) -> Tensor:
+def _logsnr(process: Process, steps: int, low: float, high: float) -> Tensor:
     """Equal steps in log-SNR."""
-    high, low = _ratio_ends(process, end)
-    logs = torch.linspace(math.log(high), math.log(low), steps, dtype=torch.float64)
-    return _at_ratios(process, logs, end)
+    noisy, clean = _ratio_ends(process, low, high)
+    logs = torch.linspace(math.log(noisy), math.log(clean), steps, dtype=torch.float64)
+    return _at_ratios(process, logs, high)
 
 
-def _karras(process: Process, steps: int, end: float) -> Tensor:
+def _karras(process: Process, steps: int, low: float, high: float) -> Tensor:
     """Equal steps in (sigma / alpha)^(1 / 7): Karras et al. 2022 (arXiv 2206.00364), eq. 5."""
-    high, low = (ratio ** (1 / KARRAS_RHO) for ratio in _ratio_ends(process, end))
-    roots = torch.linspace(high, low, steps, dtype=torch.float64)
-    return _at_ratios(process, KARRAS_RHO * roots.log(), end)
+    noisy, clean = (ratio ** (1 / KARRAS_RHO) for ratio in _ratio_ends(process, low, high))
+    roots = torch.linspace(noisy, clean, steps, dtype=torch.float64)
+    return _at_ratios(process, KARRAS_RHO * roots.log(), high)
 
 
-def _ratio_ends(process: Process, end: float) -> tuple[float, float]:
-    """sigma / alpha at `end`, or RATIO_MAX where it is infinite, and at t_min."""
-    noisy, clean = process.level(end), process.level(process.t_min)
-    high = noisy.sigma / noisy.alpha if noisy.alpha > 0 else RATIO_MAX
-    return high, clean.sigma / clean.alpha
+def _ratio_ends(process: Process, low: float, high: float) -> tuple[float, float]:
+    """sigma / alpha at `high`, or RATIO_MAX where it is infinite, and at t_min or `low`."""
+    noisy, clean = process.level(high), process.level(max(process.t_min, low))
+    ratio = noisy.sigma / noisy.alpha if noisy.alpha > 0 else RATIO_MAX
+    return ratio, clean.sigma / clean.alpha
 
 
-def _at_ratios(process: Process, log_ratio: Tensor, end: float) -> Tensor:
+def _at_ratios(process: Process, log_ratio: Tensor, high: float) -> Tensor:
     times = process.t_at(-2 * log_ratio)
-    times[0] = end  # pure noise where the grid itself had to start at RATIO_MAX
+    times[0] = high  # pure noise where the grid itself had to start at RATIO_MAX
     return times
 
 

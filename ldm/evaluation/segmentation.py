@@ -210,7 +210,7 @@ VISIBLE = 20.0
 """Lab distance from the background at which a pixel belongs to an object."""
 SPECK = 6 / 64**2
 """Share of the picture below which an object is a speck that nobody would count."""
-PLAIN = 0.6
+PLAIN = 0.75
 """Share of an object's core that must have its colour."""
 LIKENESS = 0.7
 """Least overlap with an outline; below it the object is like none."""

@@ -58,8 +58,17 @@ class Request:
     def settings(self) -> tuple[object, ...]:
         """What pictures must share to be drawn in one batch."""
         return (
-            self.negative, self.steps, self.sampler, self.spacing, self.shift, self.cfg_scale,
-            self.rescale, self.interval, self.eta, self.height, self.width,
+            self.negative,
+            self.steps,
+            self.sampler,
+            self.spacing,
+            self.shift,
+            self.cfg_scale,
+            self.rescale,
+            self.interval,
+            self.eta,
+            self.height,
+            self.width,
         )
 
     def parameters(self, model: str) -> str:
@@ -179,17 +188,22 @@ def read_request(path: Path) -> tuple[Request, str, str]:
             text = image.text.get(METADATA_KEY)  # type: ignore[attr-defined]
     except FileNotFoundError:
         raise LdmError(
-            "no such file", where=str(path), fix="give a PNG that `ldm infer` wrote",
+            "no such file",
+            where=str(path),
+            fix="give a PNG that `ldm infer` wrote",
             code=ExitCode.IO,
         ) from None
     except (OSError, SyntaxError, ValueError) as error:
         raise LdmError(
-            f"this is not a readable PNG ({error})", where=str(path),
-            fix="give a PNG that `ldm infer` wrote", code=ExitCode.IO,
+            f"this is not a readable PNG ({error})",
+            where=str(path),
+            fix="give a PNG that `ldm infer` wrote",
+            code=ExitCode.IO,
         ) from None
     if text is None:
         raise LdmError(
-            "the picture carries no request", where=str(path),
+            "the picture carries no request",
+            where=str(path),
             fix="give a PNG that `ldm infer` wrote; other tools may have removed its metadata",
         )
     try:
@@ -197,7 +211,8 @@ def read_request(path: Path) -> tuple[Request, str, str]:
         return Request.from_json(facts["request"]), facts["model"], facts["model_path"]
     except (ValueError, KeyError, TypeError) as error:
         raise LdmError(
-            f"the request inside the picture is damaged ({error})", where=str(path),
+            f"the request inside the picture is damaged ({error})",
+            where=str(path),
             fix="draw the picture again",
         ) from None
 

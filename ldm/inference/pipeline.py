@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from ldm import storage
 from ldm.build import load_denoiser, load_vae_directory
 from ldm.checkpoint import Contract, find_checkpoint, load_contract, load_null
 from ldm.diffusion.core import Diffusion
@@ -47,6 +48,7 @@ class Pipeline:
         null: embedding of the empty prompt, (1, L, D), as used in training.
         contract: what the weights mean.
         name: where the model came from, for metadata.
+        identity: hash of the checkpoint, for metadata.
     """
 
     def __init__(
@@ -57,9 +59,10 @@ class Pipeline:
         null: TextEmbedding,
         contract: Contract,
         name: str = "",
+        identity: str = "",
     ) -> None:
         self.vae, self.encoder, self.net, self.null = vae, encoder, net, null
-        self.contract, self.name = contract, name
+        self.contract, self.name, self.identity = contract, name, identity
         self.diffusion = Diffusion(
             named("process", PROCESSES, contract.process),
             named("prediction", PREDICTIONS, contract.prediction),
@@ -97,6 +100,7 @@ class Pipeline:
             load_null(folder).to(device),
             contract,
             str(path),
+            storage.sha256(folder / storage.MANIFEST),
         )
 
     @property
@@ -165,8 +169,12 @@ class Pipeline:
         height, width = (size, size) if isinstance(size, int) else size or self.trained_size
         requests = [
             Request(
-                prompt=text, negative=negative, seed=seed + row * n + k,
-                height=height, width=width, **asked,
+                prompt=text,
+                negative=negative,
+                seed=seed + row * n + k,
+                height=height,
+                width=width,
+                **asked,
             )
             for row, text in enumerate(prompts)
             for k in range(n)
@@ -176,8 +184,7 @@ class Pipeline:
     @property
     def trained_size(self) -> tuple[int, int]:
         """Height and width of the training pictures."""
-        side = self.contract.image_px
-        return side, side
+        return self.contract.image_sizes[0]
 
     def defaults(self) -> dict[str, Any]:
         """Sampling settings stored in the checkpoint."""
@@ -203,7 +210,7 @@ class Pipeline:
             if progress is not None:
                 progress(len(images))
         ordered = tuple(images[row] for row in range(len(requests)))
-        return Pictures(ordered, tuple(requests), self.contract.model_id, self.name)
+        return Pictures(ordered, tuple(requests), self.identity, self.name)
 
     def check(self, request: Request) -> None:
         """Refuses what the model cannot draw.
@@ -224,7 +231,9 @@ class Pipeline:
         if (request.height, request.width) != self.trained_size:
             log.warning(
                 "size: the model was trained at %dx%d; %dx%d may look poor",
-                *self.trained_size, request.height, request.width,
+                *self.trained_size,
+                request.height,
+                request.width,
             )
         if not 1 <= request.steps <= MAX_STEPS:
             raise LdmError(
@@ -257,12 +266,15 @@ class Pipeline:
         if first.negative:
             null = self.encoder([first.negative]).to(device)
         denoise = classifier_free(
-            self.diffusion, self._network, text, null, first.cfg_scale,
-            interval=first.interval, rescale=first.rescale,
+            self.diffusion,
+            self._network,
+            text,
+            null,
+            first.cfg_scale,
+            interval=first.interval,
+            rescale=first.rescale,
         )
-        plan = levels(
-            self.diffusion.process, first.steps, spacing=first.spacing, shift=first.shift
-        )
+        plan = levels(self.diffusion.process, first.steps, spacing=first.spacing, shift=first.shift)
         factor = self.vae.downsample_factor
         shape = (self.contract.latent_channels, first.height // factor, first.width // factor)
         seeds = [request.seed for request in requests]
@@ -270,7 +282,9 @@ class Pipeline:
         sampler = SAMPLERS[first.sampler]
         # draws of steps are functions of the seed as well, so batches do not change them
         x = sampler.run(
-            denoise, x, plan,
+            denoise,
+            x,
+            plan,
             noise=lambda step: _noise(shape, seeds, f"step {step}").to(device),
             eta=first.eta,
         )

@@ -73,11 +73,13 @@ class DiTConfig:
 
 @lru_cache(maxsize=8)
 def position_embedding(height: int, width: int, dim: int) -> Tensor:
-    """Fixed 2-D sin-cos positions, (height * width, dim) float32 (Dosovitskiy et al. 2021, MAE form).
+    """Fixed 2-D sin-cos positions, (height * width, dim) float32 (He et al. 2022, MAE).
 
     Half of the channels encode the row and half the column.
     """
-    rates = torch.exp(-math.log(10_000.0) * torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rates = torch.exp(
+        -math.log(10_000.0) * torch.arange(dim // 4, dtype=torch.float64) / (dim // 4)
+    )
 
     def axis(length: int) -> Tensor:
         angles = torch.arange(length, dtype=torch.float64)[:, None] * rates
@@ -107,7 +109,9 @@ class Attention(nn.Module):
         """(B, N, D) to (B, heads, N, head_dim)."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor:
         """Returns (B, N, D); `mask` (B, L) is True where the context is real."""
         if self.cross:
             assert context is not None

@@ -295,21 +295,21 @@ def train_bpe(captions: Iterable[str], *, vocab_size: int, max_tokens: int) -> A
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
     learner.normalizer, learner.pre_tokenizer = clip.normalizer, clip.pre_tokenizer
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    # Every byte at the end of a word, too: nothing is unknown. Named here because the learner would
+    # otherwise number them in the random order of its hash table, and ties between merges follow.
+    at_word_end = [f"{symbol}</w>" for symbol in alphabet]
     trainer = trainers.BpeTrainer(
-        vocab_size=max(vocab_size - 256, 258),  # the bytes at word ends come on top, below
+        vocab_size=vocab_size,
         show_progress=False,
-        special_tokens=[BEGIN, END],  # ids 0 and 1: END must not be 2, CLIP's mark of legacy files
+        special_tokens=[BEGIN, END, *at_word_end],  # END must not be 2, CLIP's mark of old files
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
         continuing_subword_prefix="",
     )
     learner.train_from_iterator(captions, trainer)
     model = json.loads(learner.to_str())["model"]
-    vocabulary = dict(model["vocab"])
-    for symbol in alphabet:  # every byte at the end of a word, too: nothing is unknown
-        vocabulary.setdefault(f"{symbol}</w>", len(vocabulary))
     merges = [tuple(pair) for pair in model["merges"]]
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=max_tokens)
+    return CLIPTokenizer(vocab=model["vocab"], merges=merges, model_max_length=max_tokens)
 
 
 def clip_text_config(tokenizer: Any, *, width: int, layers: int, heads: int) -> Any:

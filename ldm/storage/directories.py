@@ -216,8 +216,7 @@ def _seal(directory: Path, facts: dict[str, Any]) -> None:
         op("fsync_dir", folder)
     plain = json.loads(json.dumps(facts))  # keys as JSON spells them, or the rendering would differ
     manifest = {"format_version": FORMAT_VERSION, "facts": plain, "files": files}
-    write_bytes(directory / MANIFEST, _render(manifest))
-    op("fsync_dir", directory)
+    write_bytes(directory / MANIFEST, _render(manifest))  # which syncs `directory` itself
 
 
 def _swap_in(temporary: Path, final: Path) -> None:

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ldm import storage
+from ldm.checkpoint import load_tensors, save_tensors
 from ldm.config.schema import DiffusionExperiment
 from ldm.data.loader import Place, Share, micro_batches
 from ldm.data.transforms import Draws, fit
@@ -145,19 +145,37 @@ def build_cache(
         storage.clean_leftovers(folder)
     size = config.cache.shard_size
     _build_shards(
-        text, len(captions), size, share, "text cache",
+        text,
+        len(captions),
+        size,
+        share,
+        "text cache",
         lambda start, stop, out: _encode_text(encoder, captions[start:stop], config, out),
     )
     _build_shards(
-        moments, len(source), size, share, "latent cache",
+        moments,
+        len(source),
+        size,
+        share,
+        "latent cache",
         lambda start, stop, out: _encode_pictures(vae, source, range(start, stop), config, out),
     )
     return moments, text
 
 
-def load_cache(
-    config: DiffusionExperiment, source: Source, folders: tuple[Path, Path]
-) -> Cache:
+def cache_run(config: DiffusionExperiment) -> tuple[Path, Path]:
+    """`ldm cache`: builds what is missing, verifies all of it, and returns the two folders."""
+    from ldm.build import load_text, load_vae, open_data
+
+    source, _ = open_data(config.data)
+    vae = load_vae(config.vae, config.train.seed)
+    encoder = load_text(config.text, source.captions, config.train.seed)
+    folders = build_cache(config, source, vae, encoder)
+    load_cache(config, source, folders)
+    return folders
+
+
+def load_cache(config: DiffusionExperiment, source: Source, folders: tuple[Path, Path]) -> Cache:
     """Reads a complete cache into memory, every shard verified against its checksum.
 
     Raises:
@@ -209,24 +227,28 @@ def _folders(
 ) -> tuple[Path, Path]:
     data, root = config.data, Path(config.cache.dir)
     # latent statistics are applied after reading, so they are not part of the key
-    moments = value_sha256({
-        "format": FORMAT,
-        "vae": weights_sha256(vae),
-        "data": source.fingerprint,
-        "image_px": data.image_px,
-        "mirrored": data.flip,
-        "too_small": data.too_small,
-        "dtype": config.cache.dtype,
-        "shard": config.cache.shard_size,
-    })
-    text = value_sha256({
-        "format": FORMAT,
-        "encoder": encoder.identity,
-        "captions": value_sha256({"captions": _distinct(source.captions)}),
-        "limit": [encoder.max_tokens, encoder.too_long],
-        "dtype": config.cache.dtype,
-        "shard": config.cache.shard_size,
-    })
+    moments = value_sha256(
+        {
+            "format": FORMAT,
+            "vae": weights_sha256(vae),
+            "data": source.fingerprint,
+            "image_px": data.image_px,
+            "mirrored": data.flip,
+            "too_small": data.too_small,
+            "dtype": config.cache.dtype,
+            "shard": config.cache.shard_size,
+        }
+    )
+    text = value_sha256(
+        {
+            "format": FORMAT,
+            "encoder": encoder.identity,
+            "captions": value_sha256({"captions": _distinct(source.captions)}),
+            "limit": [encoder.max_tokens, encoder.too_long],
+            "dtype": config.cache.dtype,
+            "shard": config.cache.shard_size,
+        }
+    )
     return root / f"latents-{moments[:16]}", root / f"text-{text[:16]}"
 
 
@@ -267,7 +289,7 @@ def _is_good(shard: Path) -> bool:
 def _read(shard: Path) -> tuple[dict[str, Tensor], dict[str, dict[str, str]]]:
     storage.verify(shard)
     facts = json.loads((shard / "facts.json").read_text(encoding="utf-8"))
-    return load_file(shard / "data.safetensors"), facts
+    return load_tensors(shard / "data.safetensors"), facts
 
 
 def _dtype(config: DiffusionExperiment) -> torch.dtype:
@@ -275,7 +297,7 @@ def _dtype(config: DiffusionExperiment) -> torch.dtype:
 
 
 def _write(out: Path, tensors: dict[str, Tensor], bad: dict[str, str]) -> None:
-    save_file({name: value.contiguous() for name, value in tensors.items()}, out / "data.safetensors")
+    save_tensors(out / "data.safetensors", tensors)
     storage.write_json(out / "facts.json", {"bad": bad})
 
 
@@ -287,7 +309,8 @@ def _encode_text(
     pooled: list[Tensor] = []
     for start in range(0, len(captions), config.cache.batch_size):
         text = encoder(captions[start : start + config.cache.batch_size])
-        rows += [t[m].to("cpu", _dtype(config)) for t, m in zip(text.tokens, text.mask, strict=True)]
+        pairs = zip(text.tokens, text.mask, strict=True)
+        rows += [states[real].to("cpu", _dtype(config)) for states, real in pairs]
         if text.pooled is not None:
             pooled.append(text.pooled.to("cpu", _dtype(config)))
     tensors = {"tokens": torch.cat(rows), "lengths": torch.tensor([len(row) for row in rows])}

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ldm.build import build_denoiser, build_diffusion, load_text, load_vae, open_data
-from ldm.config.schema import DataConfig, DiffusionExperiment
-from ldm.data.holdout import split_holdout
+from ldm.config.schema import DiffusionExperiment
 from ldm.data.loader import Loader, Share
 from ldm.diffusion.core import Diffusion
 from ldm.diffusion.guidance import stack
@@ -31,7 +30,7 @@ from ldm.training.checkpoints import DiffusionWriter, resume
 from ldm.training.ema import Ema
 from ldm.training.optim import learning_rate, make_optimizer
 from ldm.training.preview import draw_samples, preview_prompts
-from ldm.training.session import Meter, Progress, Session
+from ldm.training.session import Meter, Session
 from ldm.types import Batch, Source, TextEmbedding
 
 log = logging.getLogger(__name__)
@@ -57,7 +56,7 @@ def train_diffusion(config: DiffusionExperiment) -> Path:
             with code SIGNALLED.
     """
     session = Session(config)
-    source, heldout = open_diffusion_data(config.data)
+    source, heldout = open_data(config.data)
     frozen = load_frozen(config, source, session.device)
     diffusion = build_diffusion(config.diffusion)
     diffusion.check()
@@ -69,16 +68,20 @@ def train_diffusion(config: DiffusionExperiment) -> Path:
     ).to(session.device)
     net.gradient_checkpointing = config.train.gradient_checkpointing
     ema, optimizer = Ema(net, config.train.ema_decay), make_optimizer(net, config.optim)
-    writer = DiffusionWriter(session, frozen.vae, frozen.encoder, frozen.null, net, ema, optimizer)
+    writer = DiffusionWriter(session, frozen, net, ema, optimizer)
     with session.opened(), session.stop.listening():
+        session.on_main(writer.write_components)
         progress = resume(session, writer)
         loader = open_loader(config, source, frozen, session)
         prompts = preview_prompts(config.preview, heldout)
         trained = session.prepare(torch.compile(net) if config.train.compile else net)
         batches, meter = loader.batches(progress.cursor), Meter()
         bar = tqdm(
-            total=config.train.steps, initial=progress.step, unit="step",
-            desc=f"diffusion {config.run.dir}", disable=not session.is_main,
+            total=config.train.steps,
+            initial=progress.step,
+            unit="step",
+            desc=f"diffusion {config.run.dir}",
+            disable=not session.is_main,
         )
         while progress.step < config.train.steps:
             rate = learning_rate(progress.step, config.train.steps, config.optim)
@@ -94,7 +97,7 @@ def train_diffusion(config: DiffusionExperiment) -> Path:
                 session.report(progress, meter, loader.bad, bar)
             if session.due(progress.step, config.preview.every_steps) and session.is_main:
                 with ema.applied(net):
-                    draw_samples(config, frozen, net, diffusion, prompts, progress.step)
+                    draw_samples(config, frozen, net, prompts, progress.step)
             stopping = session.stopping()
             if stopping or session.due(progress.step, config.run.save_every_steps):
                 writer.save(progress)
@@ -129,7 +132,12 @@ def accumulate(
         with session.micro_batch_context(net, last=last):
             with session.autocast():
                 loss = diffusion_loss(
-                    net, diffusion, x0, text, t, eps.to(x0.device),
+                    net,
+                    diffusion,
+                    x0,
+                    text,
+                    t,
+                    eps.to(x0.device),
                     WEIGHTINGS[config.diffusion.weighting],
                 )
             loss = loss * batch.weight.to(loss.device)
@@ -173,8 +181,12 @@ def training_times(batch: Batch, diffusion: Diffusion, config: DiffusionExperime
     if law.stratified:
         u = stratify(u, torch.tensor(batch.positions), config.train.batch_size)
     return sample_times(
-        diffusion.process, u,
-        distribution=law.distribution, mean=law.mean, std=law.std, shift=law.shift,
+        diffusion.process,
+        u,
+        distribution=law.distribution,
+        mean=law.mean,
+        std=law.std,
+        shift=law.shift,
     )
 
 
@@ -190,19 +202,7 @@ def loss_by_time(losses: Tensor, times: Tensor, bins: int = 4) -> dict[str, Tens
     return {"loss": losses.float().mean(), **named}
 
 
-def open_diffusion_data(config: DataConfig) -> tuple[Source, Source | None]:
-    """Training and held-out data; `shapes` has a held-out split of its own."""
-    source = open_data(config)
-    if config.source == "shapes" and config.split == "train":
-        count = config.holdout or 64
-        held = config.model_copy(update={"split": "val", "count": count})
-        return source, open_data(held)
-    return split_holdout(source, config.holdout)
-
-
-def load_frozen(
-    config: DiffusionExperiment, source: Source, device: torch.device
-) -> Frozen:
+def load_frozen(config: DiffusionExperiment, source: Source, device: torch.device) -> Frozen:
     """The VAE, the text encoder and the null embedding, which is the embedding of no words."""
     vae = load_vae(config.vae, config.train.seed).to(device)
     encoder = load_text(config.text, source.captions, config.train.seed).to(device)
@@ -216,9 +216,16 @@ def open_loader(
     train = config.train
     if not config.cache.enabled:
         return Loader(
-            source, seed=train.seed, batch_size=train.batch_size, image_px=config.data.image_px,
-            crop=config.data.crop, flip=config.data.flip, small=config.data.too_small,
-            rank=session.rank, world_size=session.world_size, accumulation=train.accumulation,
+            source,
+            seed=train.seed,
+            batch_size=train.batch_size,
+            image_px=config.data.image_px,
+            crop=config.data.crop,
+            flip=config.data.flip,
+            small=config.data.too_small,
+            rank=session.rank,
+            world_size=session.world_size,
+            accumulation=train.accumulation,
             workers=config.data.workers,
         )
     share = Share(train.batch_size, session.rank, session.world_size, train.accumulation)

@@ -11,8 +11,8 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm import storage
+from ldm.checkpoint import agree
+from ldm.config.files import dump, refuse_another_experiment
 from ldm.config.schema import Experiment
 from ldm.errors import ExitCode, LdmError
 
@@ -38,6 +40,8 @@ class Progress:
     """Samples consumed by all ranks together."""
     skipped: int = 0
     """Steps whose gradient was not finite and which changed no weight."""
+    precision: str = ""
+    """What `train.precision` came to where the run began; kept on other machines."""
     skipped_in_a_row: int = 0
     """The latest of these, without a good step between."""
 
@@ -80,12 +84,15 @@ class Session:
         # autocast is ours (`autocast` below): one precision setting, the configuration's
         self.accelerator = Accelerator(mixed_precision="no")
         self.device: torch.device = self.accelerator.device
+        self.precision = resolve_precision(config.train.precision, self.device)
         self.is_main: bool = self.accelerator.is_main_process
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.run_dir = Path(config.run.dir)
-        self.stop = StopFlag()
-        self.metrics = Metrics(self.run_dir, config.run.tensorboard and self.is_main)
+        self.stop, self.bad_named = StopFlag(), 0
+        self.metrics = Metrics(
+            self.run_dir, is_main=self.is_main, tensorboard=config.run.tensorboard
+        )
         shares = self.world_size * config.train.accumulation
         if config.train.batch_size % shares:
             low = config.train.batch_size // shares * shares
@@ -99,7 +106,7 @@ class Session:
 
     def autocast(self) -> torch.autocast:
         """The context in which networks run: bf16 products, or plain fp32."""
-        enabled = self.config.train.precision == "bf16"
+        enabled = self.precision == "bf16"
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled)
 
     def any_rank(self, value: bool) -> bool:
@@ -118,14 +125,69 @@ class Session:
         if self.is_main:
             try:
                 what()
-            except Exception as caught:  # passed on below, on all ranks
+            except Exception as caught:  # raised again by `agree`, on all ranks
                 error = caught
-        if self.world_size > 1:
-            from accelerate.utils import broadcast_object_list
+        agree(error)
 
-            error = broadcast_object_list([error])[0]
-        if error is not None:
-            raise error
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """The run directory is ours inside: locked, tidied, with the resolved configuration."""
+        with ExitStack() as stack:
+            self.on_main(lambda: self._open(stack))
+            stack.callback(self.metrics.close)
+            yield
+
+    def _open(self, stack: ExitStack) -> None:
+        storage.make_directory(self.run_dir)
+        stack.enter_context(storage.claim(self.run_dir))
+        storage.clean_leftovers(self.run_dir)
+        path = self.run_dir / "config.yaml"
+        if path.exists() and storage.step_directories(self.run_dir):
+            refuse_another_experiment(path, self.config)
+        storage.write_text(path, self.resolved)
+
+    @property
+    def resolved(self) -> str:
+        """The resolved configuration as YAML."""
+        return dump(self.config)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model wrapped for distribution; alone, the model itself."""
+        prepared: nn.Module = self.accelerator.prepare_model(model)
+        return prepared
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether something that happens `every` steps happens now; the last step always counts."""
+        return every > 0 and (step % every == 0 or step == self.config.train.steps)
+
+    def report(self, progress: Progress, meter: Meter, bad: Mapping[str, str], bar: Any) -> None:
+        """One row of metrics, over all ranks, and the loss on the progress bar."""
+        values = meter.take(self.config.train.batch_size)
+        if self.world_size > 1:
+            packed = torch.tensor(list(values.values()), device=self.device)
+            means = self.accelerator.reduce(packed, "mean").tolist()
+            values = dict(zip(values, means, strict=True))
+        if not self.is_main:
+            return
+        for name in list(bad)[self.bad_named :]:
+            log.warning("set aside: %s", bad[name] if name in bad[name] else f"{name}: {bad[name]}")
+        self.bad_named = len(bad)
+        values |= {"skipped_steps": progress.skipped, "bad_samples": len(bad)}
+        self.metrics.write(progress.step, values)
+        bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+
+    def stopping(self) -> bool:
+        """Whether any rank heard a signal."""
+        return self.any_rank(self.stop.name is not None)
+
+    def stopped(self, progress: Progress) -> LdmError:
+        """The end of a run that a signal stopped after saving."""
+        return LdmError(
+            f"stopped by {self.stop.name or 'a signal to another rank'} and saved",
+            where=f"step {progress.step}",
+            fix="run the same command again to continue",
+            code=ExitCode.SIGNALLED,
+        )
 
     def micro_batch_context(self, model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
         """Gradients are exchanged between ranks in the last micro-batch of a step only."""
@@ -169,15 +231,30 @@ class Session:
         return value if finite else None
 
 
+def resolve_precision(wanted: str, device: torch.device) -> str:
+    """fp32 or bf16: `auto` takes bf16 only where the device multiplies it in hardware.
+
+    On a CPU without such instructions bf16 is emulated, ten times slower than fp32.
+    """
+    if wanted != "auto":
+        return wanted
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    has_bf16 = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return "bf16" if has_bf16 else "fp32"
+
+
 class Metrics:
     """metrics.jsonl, one row per logged step, and TensorBoard beside it."""
 
-    def __init__(self, run_dir: Path, tensorboard: bool) -> None:
-        self.path = run_dir / "metrics.jsonl"
-        self.run_dir, self.tensorboard, self.writer = run_dir, tensorboard, None
+    def __init__(self, run_dir: Path, *, is_main: bool, tensorboard: bool) -> None:
+        self.path, self.run_dir = run_dir / "metrics.jsonl", run_dir
+        self.is_main, self.tensorboard, self.writer = is_main, tensorboard, None
 
-    def open(self, step: int) -> None:
+    def start(self, step: int) -> None:
         """Starts writing after `step`: rows of steps that will be made again are dropped."""
+        if not self.is_main:
+            return
         storage.truncate_metrics(self.path, step)
         if self.tensorboard:
             try:

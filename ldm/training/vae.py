@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ldm.build import build_vae
+from ldm.build import build_vae, open_data
 from ldm.config.schema import VaeExperiment, VaeLossConfig
 from ldm.data.loader import Loader
 from ldm.randomness import normal
 from ldm.training.checkpoints import VaeWriter, resume
-from ldm.training.diffusion import open_diffusion_data
 from ldm.training.ema import Ema
 from ldm.training.optim import learning_rate, make_optimizer
 from ldm.training.preview import draw_reconstructions
@@ -43,12 +42,19 @@ def train_vae(config: VaeExperiment) -> Path:
             with code SIGNALLED.
     """
     session = Session(config)
-    source, heldout = open_diffusion_data(config.data)
+    source, heldout = open_data(config.data)
     loader = Loader(
-        source, seed=config.train.seed, batch_size=config.train.batch_size,
-        image_px=config.data.image_px, crop=config.data.crop, flip=config.data.flip,
-        small=config.data.too_small, rank=session.rank, world_size=session.world_size,
-        accumulation=config.train.accumulation, workers=config.data.workers,
+        source,
+        seed=config.train.seed,
+        batch_size=config.train.batch_size,
+        image_px=config.data.image_px,
+        crop=config.data.crop,
+        flip=config.data.flip,
+        small=config.data.too_small,
+        rank=session.rank,
+        world_size=session.world_size,
+        accumulation=config.train.accumulation,
+        workers=config.data.workers,
     )
     # channels_last: convolutions of the whole network run without re-ordering memory
     vae = build_vae(config.model, config.train.seed).to(
@@ -61,8 +67,11 @@ def train_vae(config: VaeExperiment) -> Path:
         trained = session.prepare(torch.compile(vae) if config.train.compile else vae)
         batches, meter = loader.batches(progress.cursor), Meter()
         bar = tqdm(
-            total=config.train.steps, initial=progress.step, unit="step",
-            desc=f"vae {config.run.dir}", disable=not session.is_main,
+            total=config.train.steps,
+            initial=progress.step,
+            unit="step",
+            desc=f"vae {config.run.dir}",
+            disable=not session.is_main,
         )
         while progress.step < config.train.steps:
             rate = learning_rate(progress.step, config.train.steps, config.optim)

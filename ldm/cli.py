@@ -1,0 +1,290 @@
+"""The command `ldm`: parses first, imports what the command needs afterwards.
+
+User mistakes end in one or two lines and a documented exit code; `--debug` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ldm import __version__
+from ldm.errors import ExitCode, LdmError
+
+STAGES = {"train-vae": "vae", "train-clip": "clip", "train-diffusion": "diffusion"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    args = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "datasets", "transformers", "absl", "PIL"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked decoders would warn
+    try:
+        args.run(args)
+    except LdmError as error:
+        if args.debug:
+            raise
+        kind = "stopped" if error.code == ExitCode.SIGNALLED else "error"
+        print(f"ldm: {kind}: {error}", file=sys.stderr)
+        return int(error.code)
+    except KeyboardInterrupt:
+        print("ldm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return int(ExitCode.DONE)
+    except OSError as error:
+        if args.debug:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"ldm: error: {where}{error.strerror or error}", file=sys.stderr)
+        return int(ExitCode.IO)
+    return int(ExitCode.DONE)
+
+
+def _config_show(args: argparse.Namespace) -> None:
+    from ldm.config.files import dump, load
+
+    print(dump(load(args.config, args.overrides)), end="")
+
+
+def _train(args: argparse.Namespace) -> None:
+    config = _load(args, STAGES[args.command])
+    if config.stage == "vae":
+        from ldm.training.vae import train_vae
+
+        print(train_vae(config))
+    elif config.stage == "clip":
+        from ldm.training.clip_run import train_clip_run
+
+        print(train_clip_run(config))
+    else:
+        from ldm.training.diffusion import train_diffusion
+
+        print(train_diffusion(config))
+
+
+def _cache(args: argparse.Namespace) -> None:
+    config = _load(args, "diffusion")
+    from ldm.training.cache import cache_run
+
+    for folder in cache_run(config):
+        print(folder)
+
+
+def _infer(args: argparse.Namespace) -> None:
+    prompts = _prompts(args)
+    height, width = _size(args.size) if args.size else (None, None)
+    from ldm.inference.pipeline import Pipeline
+
+    pipeline = Pipeline.from_pretrained(args.model, device=args.device)
+    asked = {
+        "steps": args.steps, "sampler": args.sampler, "cfg_scale": args.cfg,
+        "spacing": args.spacing, "rescale": args.rescale, "eta": args.eta,
+    }
+    from tqdm.auto import tqdm
+
+    with tqdm(total=len(prompts) * args.n, unit="image", disable=None) as bar:
+        pictures = pipeline(
+            prompts,
+            negative=args.negative,
+            n=args.n,
+            seed=args.seed,
+            size=(height, width) if height and width else None,
+            batch_size=args.batch_size,
+            progress=lambda done: bar.update(done - bar.n),
+            **{name: value for name, value in asked.items() if value is not None},
+        )
+    for path in pictures.save(args.out):
+        print(path)
+    if args.grid:
+        from ldm.storage import write_file
+
+        sheet = pictures.grid()
+        write_file(Path(args.grid), lambda path: sheet.save(path, format="PNG"))
+        print(args.grid)
+
+
+def _replay(args: argparse.Namespace) -> None:
+    from ldm.inference.images import read_request
+
+    request, model, path = read_request(Path(args.picture))
+    from ldm.inference.pipeline import Pipeline
+
+    pipeline = Pipeline.from_pretrained(args.model or path, device=args.device)
+    if pipeline.identity != model:
+        raise LdmError(
+            "the picture was made by another checkpoint than the one found",
+            where=args.model or path,
+            fix="give the step directory that made it with --model (keep_checkpoints decides how "
+            "many are kept)",
+        )
+    for saved in pipeline.draw([request]).save(args.out):
+        print(saved)
+
+
+def _adherence(args: argparse.Namespace) -> None:
+    from ldm.evaluation.report import adherence_report
+
+    print(
+        adherence_report(
+            args.model, count=args.n, split=args.split, out=Path(args.out) if args.out else None,
+            device=args.device, cfg=args.cfg, steps=args.steps,
+        )
+    )
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from ldm.demo import run_demo
+
+    run_demo(Path(args.configs), args.overrides)
+
+
+def _load(args: argparse.Namespace, stage: str) -> Any:
+    from ldm.config.files import load
+
+    return load(args.config, args.overrides, stage=stage)
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    prompts = list(args.prompt or [])
+    if args.prompt_file:
+        path = Path(args.prompt_file)
+        try:
+            text = path.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise LdmError(
+                f"the file is not UTF-8 (byte {error.start})",
+                where=str(path),
+                fix="save it as UTF-8",
+                code=ExitCode.IO,
+            ) from None
+        prompts += [line.strip() for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise LdmError(
+            "there is no prompt", where="--prompt", fix='give --prompt "a red circle" or '
+            "--prompt-file FILE with one prompt a line",
+        )
+    return prompts
+
+
+def _size(text: str) -> tuple[int, int]:
+    """SIDE or WIDTHxHEIGHT, to (height, width)."""
+    parts = text.lower().split("x")
+    if not all(part.isdecimal() for part in parts) or len(parts) > 2:
+        raise LdmError(f"{text!r} is not a size", where="--size", fix="use 64 or 64x128")
+    width, height = (int(part) for part in (parts * 2 if len(parts) == 1 else parts))
+    return height, width
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ldm", description="Train and run your own latent text-to-image model."
+    )
+    parser.add_argument("--version", action="version", version=f"ldm-toolkit {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, what in (
+        ("train-vae", "train a KL-VAE on pictures"),
+        ("train-clip", "train a small CLIP text encoder on captioned pictures"),
+        ("train-diffusion", "train a denoiser in latent space"),
+    ):
+        _configured(_command(commands, name, what, _train))
+    _configured(_command(commands, "cache", "encode a data set once, before training", _cache))
+    config = commands.add_parser("config", help="look at configurations")
+    show = config.add_subparsers(dest="action", required=True, metavar="ACTION")
+    _configured(_command(show, "show", "print the resolved configuration", _config_show))
+    _infer_arguments(_command(commands, "infer", "draw pictures from prompts", _infer))
+    replay = _command(commands, "replay", "draw a picture again from its metadata", _replay)
+    replay.add_argument("picture", help="PNG that `ldm infer` wrote")
+    replay.add_argument("--model", help="model directory, when it has moved")
+    replay.add_argument("--out", default="outputs", help="folder for the picture")
+    replay.add_argument("--device", help="cpu, cuda, ... (default: a GPU when there is one)")
+    evaluate = commands.add_parser("evaluate", help="measure a model")
+    measures = evaluate.add_subparsers(dest="measure", required=True, metavar="MEASURE")
+    adherence = _command(
+        measures, "adherence", "exact prompt adherence on shapes prompts", _adherence
+    )
+    adherence.add_argument("--model", required=True, help="run directory or checkpoint")
+    adherence.add_argument("-n", "--n", type=int, default=250, help="prompts to draw")
+    adherence.add_argument(
+        "--split", default="val", choices=("val", "unseen"),
+        help="val: captions not trained on; unseen: colour-shape pairs never seen together",
+    )
+    adherence.add_argument("--cfg", type=float, help="guidance; default from the checkpoint")
+    adherence.add_argument("--steps", type=int, help="solver steps; default from the checkpoint")
+    adherence.add_argument("--out", help="folder for report.json and the contact sheet")
+    adherence.add_argument("--device", help="cpu, cuda, ...")
+    demo = _command(commands, "demo", "train everything on shapes and report", _demo)
+    demo.add_argument("--configs", default="configs/demo", help="folder with the demo's recipes")
+    demo.add_argument("overrides", nargs="*", metavar="STAGE.KEY=VALUE", help="changes to recipes")
+    return parser
+
+
+def _command(
+    parent: Any, name: str, what: str, run: Callable[[argparse.Namespace], None]
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = parent.add_parser(name, help=what, description=what)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _configured(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", action="append", default=[], metavar="YAML",
+        help="experiment file; of several, later ones win",
+    )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="CONFIG|KEY=VALUE",
+        help="an experiment file, or changes such as train.steps=100",
+    )
+    parser.set_defaults(run=_split_positionals(parser.get_default("run")))
+
+
+def _split_positionals(
+    run: Callable[[argparse.Namespace], None],
+) -> Callable[[argparse.Namespace], None]:
+    """Positional arguments without `=` are configuration files: `ldm config show a.yaml x=1`."""
+
+    def command(args: argparse.Namespace) -> None:
+        args.config += [text for text in args.overrides if "=" not in text]
+        args.overrides = [text for text in args.overrides if "=" in text]
+        if not args.config:
+            raise LdmError(
+                "no configuration file was given", where="--config",
+                fix="for example --config configs/tiny/dit.yaml", code=ExitCode.CONFIG,
+            )
+        run(args)
+
+    return command
+
+
+def _infer_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="run directory or checkpoint")
+    parser.add_argument("--prompt", action="append", help="what to draw; may be repeated")
+    parser.add_argument("--prompt-file", help="file with one prompt a line")
+    parser.add_argument("--negative", help="what to steer away from")
+    parser.add_argument("--steps", type=int, help="solver steps")
+    parser.add_argument("--sampler", help="ddim, euler, heun, dpmpp_2m, dpmpp_2m_sde")
+    parser.add_argument("--spacing", help="uniform, trailing, leading, logsnr, karras")
+    parser.add_argument("--cfg", type=float, help="guidance; 1 is off")
+    parser.add_argument("--rescale", type=float, help="guidance rescale, 0 to 1")
+    parser.add_argument("--eta", type=float, help="noise of stochastic samplers")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first picture")
+    parser.add_argument("--n", type=int, default=1, help="pictures per prompt")
+    parser.add_argument("--size", help="SIDE or WIDTHxHEIGHT in pixels")
+    parser.add_argument("--out", default="outputs", help="folder for the pictures")
+    parser.add_argument("--grid", help="also write all pictures on one sheet to this file")
+    parser.add_argument("--batch-size", type=int, default=16, help="pictures drawn at once")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU when there is one)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,301 @@
+"""What each training stage writes into a checkpoint, and how it takes it up again.
+
+A checkpoint holds the averaged weights in diffusers' layout, which is what one samples from, and
+`state/`, which is what one resumes from. Only whole optimizer steps are saved.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ldm import __version__, storage
+from ldm.checkpoint import (
+    Contract,
+    find_checkpoint,
+    load_optimizer_state,
+    load_state,
+    load_strict,
+    optimizer_state,
+    pack,
+    save_checkpoint,
+    save_contract,
+    save_model_index,
+    save_module,
+    save_null,
+    save_state,
+    unpack,
+)
+from ldm.config.schema import DiffusionExperiment
+from ldm.data.transforms import Draws, fit
+from ldm.errors import ExitCode, LdmError
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.models.dit import DiT
+from ldm.models.identity import weights_sha256
+from ldm.models.text import HuggingFaceTextEncoder
+from ldm.training.ema import Ema
+from ldm.training.session import Progress, Session
+from ldm.types import Source, TextEmbedding
+
+STATE_ITEMS = ("weights", "ema", "optimizer", "progress")
+STATISTICS_SAMPLES = 1_024
+"""Pictures over which latent statistics are measured: a channel's mean is then within 1/250 of its
+standard deviation, since every picture has many latent pixels."""
+
+log = logging.getLogger(__name__)
+
+
+class Writer(Protocol):
+    """What the training loops need of a stage's checkpoints."""
+
+    last: Path
+    model: nn.Module
+    ema: Ema
+    optimizer: torch.optim.Optimizer
+
+    def save(self, progress: Progress) -> None: ...
+
+
+def resume(session: Session, writer: Writer) -> Progress:
+    """Restores the newest verified checkpoint of the run, or starts at step 0 if there is none.
+
+    Raises:
+        LdmError: code IO when checkpoints exist but all are damaged; a run never starts over by
+            itself.
+    """
+    if not storage.step_directories(session.run_dir):
+        session.metrics.start(0)
+        return Progress(precision=session.precision)
+    folder = find_checkpoint(session.run_dir)
+    tensors, facts = load_state(folder / "state", STATE_ITEMS)
+    load_strict(writer.model, unpack("weights", tensors), str(folder / "state"))
+    writer.ema.load_state_dict(unpack("ema", tensors))
+    load_optimizer_state(
+        writer.optimizer,
+        writer.model.named_parameters(),
+        unpack("optimizer", tensors),
+        facts["optimizer"],
+    )
+    progress = Progress(**facts["progress"])
+    session.precision = progress.precision
+    session.metrics.start(progress.step)
+    writer.last = folder
+    if session.is_main:
+        log.info("resuming %s after step %d", folder, progress.step)
+    return progress
+
+
+def write_state(folder: Path, writer: Writer, progress: Progress) -> None:
+    """Everything that resuming needs: raw weights, averages, moments, position."""
+    tensors, facts = optimizer_state(writer.optimizer, writer.model.named_parameters())
+    save_state(
+        folder / "state",
+        {
+            **pack("weights", dict(writer.model.named_parameters())),
+            **pack("ema", writer.ema.state_dict()),
+            **pack("optimizer", tensors),
+        },
+        {"weights": None, "ema": None, "optimizer": facts, "progress": asdict(progress)},
+    )
+
+
+class VaeWriter:
+    """Checkpoints of the VAE stage: `vae/` with the statistics of its own latents."""
+
+    def __init__(
+        self,
+        session: Session,
+        vae: AutoencoderKL,
+        ema: Ema,
+        optimizer: torch.optim.Optimizer,
+        source: Source,
+    ) -> None:
+        self.session, self.model, self.ema, self.optimizer = session, vae, ema, optimizer
+        self.source, self.last = source, session.run_dir
+
+    def save(self, progress: Progress) -> None:
+        """Publishes the averaged VAE and the resume state of this step."""
+
+        def write(folder: Path) -> None:
+            with self.ema.applied(self.model):
+                mean, std = latent_statistics(
+                    self.model, self.source, self.session.config.data.image_px, self.session.device
+                )
+                config = replace(self.model.config, latents_mean=mean, latents_std=std)
+                save_module(folder / "vae", dict(self.model.state_dict()), config.to_diffusers())
+            storage.write_text(folder / "config.yaml", self.session.resolved)
+            write_state(folder, self, progress)
+
+        self.last = publish(self.session, progress, write)
+
+
+class DiffusionWriter:
+    """Checkpoints of the diffusion stage: a whole pipeline in diffusers' layout.
+
+    The frozen parts are written once per run and hard-linked into every checkpoint.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        frozen: Any,
+        net: nn.Module,
+        ema: Ema,
+        optimizer: torch.optim.Optimizer,
+    ) -> None:
+        self.session, self.frozen = session, frozen
+        self.model, self.ema, self.optimizer = net, ema, optimizer
+        self.last = session.run_dir
+
+    @property
+    def components(self) -> Path:
+        """Where the run keeps its frozen parts."""
+        return self.session.run_dir / "components"
+
+    def write_components(self) -> None:
+        """Writes VAE and text encoder, or checks that they are those that the run began with.
+
+        Raises:
+            LdmError: code CONFIG when another VAE or encoder was trained in the meantime.
+        """
+        vae: AutoencoderKL = self.frozen.vae
+        encoder: HuggingFaceTextEncoder = self.frozen.encoder
+        now = {"vae": weights_sha256(vae), "text_encoder": encoder.identity["weights"]}
+        if self.components.exists():
+            then = storage.verify(self.components)["facts"]
+            if changed := [name for name, value in now.items() if then[name] != value]:
+                raise LdmError(
+                    f"the {' and '.join(changed)} differ from those this run began with",
+                    where=str(self.session.run_dir),
+                    fix="use another run.dir, or put the former ones back",
+                    code=ExitCode.CONFIG,
+                )
+            return
+        with storage.publish(self.components, now) as folder:
+            save_module(folder / "vae", dict(vae.state_dict()), vae.config.to_diffusers())
+            encoder.save(folder)
+
+    def save(self, progress: Progress) -> None:
+        """Publishes the averaged denoiser with its frozen parts, contract and resume state."""
+
+        def write(folder: Path) -> None:
+            for part in ("vae", "text_encoder", "tokenizer"):
+                storage.link_tree(self.components / part, folder / part)
+            name, config, class_ = denoiser_facts(self.model)
+            with self.ema.applied(self.model):
+                save_module(folder / name, dict(self.model.state_dict()), config)
+            null: TextEmbedding = self.frozen.null
+            sha256 = save_null(folder, null)
+            config_ = self.session.config
+            assert isinstance(config_, DiffusionExperiment)
+            save_contract(folder, make_contract(config_, self.frozen, sha256))
+            encoder = type(self.frozen.encoder.model).__name__
+            tokenizer = type(self.frozen.encoder.tokenizer).__name__
+            save_model_index(
+                folder,
+                {
+                    name: class_,
+                    "vae": ("diffusers", "AutoencoderKL"),
+                    "text_encoder": ("transformers", encoder),
+                    "tokenizer": ("transformers", tokenizer),
+                },
+                pipeline="LdmPipeline",
+            )
+            storage.write_text(folder / "config.yaml", self.session.resolved)
+            write_state(folder, self, progress)
+
+        self.last = publish(self.session, progress, write)
+
+
+def publish(session: Session, progress: Progress, write: Callable[[Path], None]) -> Path:
+    """Saves on rank 0, with the same outcome on every rank."""
+    return save_checkpoint(
+        session.run_dir,
+        progress.step,
+        write,
+        keep=session.config.run.keep_checkpoints,
+        facts={"version": __version__, "stage": session.config.stage},
+    )
+
+
+def denoiser_facts(net: nn.Module) -> tuple[str, dict[str, Any], tuple[str, str]]:
+    """Folder, config.json and class of a denoiser in a checkpoint."""
+    if isinstance(net, DiT):
+        return "transformer", net.config.to_json(), ("ldm", "DiT")
+    return "unet", net.config.to_diffusers(), ("diffusers", "UNet2DConditionModel")
+
+
+def make_contract(config: DiffusionExperiment, frozen: Any, null_sha256: str) -> Contract:
+    """The contract of a run: what its weights mean and how it is sampled by default."""
+    from ldm.build import build_diffusion
+    from ldm.checkpoint.contract import NULL
+
+    vae: AutoencoderKL = frozen.vae
+    encoder: HuggingFaceTextEncoder = frozen.encoder
+    diffusion, channels = build_diffusion(config.diffusion), vae.config.latent_channels
+    scale, offset = diffusion.process.clock
+    sampling = config.sample.model_dump(mode="json")
+    side = config.data.image_px
+    return Contract(
+        process=config.diffusion.process,
+        prediction=config.diffusion.prediction,
+        data_std=diffusion.data_std,
+        clock=f"{scale:g} * t + {offset:g}, t = 0 data, t = 1 noise",
+        latent_channels=channels,
+        latent_mean=tuple(vae.config.latents_mean or [0.0] * channels),
+        latent_std=tuple(vae.config.latents_std or [1.0 / vae.config.scaling_factor] * channels),
+        downsample_factor=vae.downsample_factor,
+        null_embedding=NULL,
+        null_embedding_sha256=null_sha256,
+        caption_dropout=config.diffusion.caption_dropout,
+        text_encoder=config.text.path or "random",
+        text_encoder_sha256=encoder.identity["weights"],
+        tokenizer_sha256=encoder.identity["tokenizer"],
+        max_tokens=encoder.max_tokens,
+        mask_rule="padding is masked in every attention",
+        image_sizes=((side, side),),
+        sampling={**sampling, "shift": config.diffusion.timesteps.shift, "eta": 0.0},
+    )
+
+
+@torch.no_grad()
+def latent_statistics(
+    vae: nn.Module, source: Source, image_px: int, device: torch.device, batch: int = 64
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of every latent channel over the first samples of the data.
+
+    The variance is that of posterior samples: of the means, plus the mean posterior variance.
+    """
+    count, total, square = 0, torch.zeros(()), torch.zeros(())
+    pictures: list[torch.Tensor] = []
+    rows = range(min(STATISTICS_SAMPLES, len(source)))
+    for row in rows:
+        try:
+            example = source[row]
+            pictures.append(fit(example.pixels, image_px, draws=Draws(0, 0, example.id)))
+        except LdmError as error:
+            if error.code != ExitCode.BAD_DATA:
+                raise
+        if pictures and (len(pictures) == batch or row == rows[-1]):
+            moments = vae.moments(torch.stack(pictures).to(device)).double().cpu()
+            mean, logvar = moments.chunk(2, dim=1)
+            total = total + mean.sum((0, 2, 3))
+            square = square + (mean.square() + logvar.exp()).sum((0, 2, 3))
+            count += mean[:, 0].numel()
+            pictures = []
+    if count == 0:
+        raise LdmError(
+            "no picture could be read to measure the latents",
+            where="data",
+            fix="mend the data set",
+            code=ExitCode.BAD_DATA,
+        )
+    mean = total / count
+    std = (square / count - mean.square()).clamp(min=1e-12).sqrt()
+    return tuple(mean.tolist()), tuple(std.tolist())

@@ -1,0 +1,76 @@
+"""Pictures drawn while training: sample grids and reconstructions, with fixed seeds."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm import storage
+from ldm.config.schema import DiffusionExperiment, PreviewConfig, VaeExperiment
+from ldm.data.transforms import Draws, fit
+from ldm.inference.images import grid
+from ldm.inference.pipeline import Pipeline, to_images
+from ldm.models.autoencoder import AutoencoderKL
+from ldm.training.checkpoints import make_contract
+from ldm.types import Source
+
+
+def preview_prompts(config: PreviewConfig, heldout: Source | None) -> tuple[str, ...]:
+    """The prompts of the preview grid: the configured ones, else held-out captions."""
+    given = config.prompts or tuple(heldout.captions[: config.count] if heldout else ("",))
+    return tuple(given[k % len(given)] for k in range(config.count))
+
+
+def draw_samples(
+    config: DiffusionExperiment, frozen: Any, net: nn.Module, prompts: tuple[str, ...], step: int
+) -> None:
+    """Draws the preview grid into samples/step-N.png; the prompts are beside it, once."""
+    training = net.training
+    contract = make_contract(config, frozen, null_sha256="")
+    pipeline = Pipeline(frozen.vae, frozen.encoder, net.eval(), frozen.null, contract)
+    try:
+        pictures = pipeline(prompts, seed=config.preview.seed)
+    finally:
+        net.train(training)
+    folder = Path(config.run.dir) / "samples"
+    storage.make_directory(folder)
+    storage.write_text(folder / "prompts.txt", "\n".join(prompts) + "\n")
+    _save(pictures.grid(), folder / f"{storage.step_name(step)}.png")
+
+
+@torch.no_grad()
+def draw_reconstructions(
+    config: VaeExperiment, vae: AutoencoderKL, source: Source, step: int
+) -> float:
+    """Draws pictures above their reconstructions and returns the PSNR in dB over all of them."""
+    device = next(vae.parameters()).device
+    rows = range(min(64, len(source)))
+    examples = [source[row] for row in rows]
+    pixels = torch.stack(
+        [fit(e.pixels, config.data.image_px, draws=Draws(0, 0, e.id)) for e in examples]
+    ).to(device)
+    moments = vae.moments(pixels)
+    restored = vae.decode_raw(moments.chunk(2, dim=1)[0])
+    count = min(8, len(rows), config.preview.count)
+    pairs = [*to_images(pixels[:count]), *to_images(restored[:count])]
+    folder = Path(config.run.dir) / "samples"
+    storage.make_directory(folder)
+    _save(grid(pairs, columns=count), folder / f"{storage.step_name(step)}.png")
+    return psnr(pixels, restored)
+
+
+def psnr(pixels: Tensor, restored: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of (B, 3, H, W) in [-1, 1], over all pixels together."""
+    error = (pixels.clamp(-1, 1) - restored.float().clamp(-1, 1)).square().mean().item()
+    return 10 * math.log10(4 / max(error, 1e-12))
+
+
+def _save(image: Any, path: Path) -> None:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    storage.write_bytes(path, buffer.getvalue())

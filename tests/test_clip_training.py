@@ -1,0 +1,210 @@
+"""Training a small CLIP: it learns, it repeats itself bit for bit, and what it writes is usable."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from ldm.data.shapes import open_shapes
+from ldm.errors import ExitCode, LdmError
+from ldm.models.text import load_text_encoder
+from ldm.training.clip import (
+    ClipTraining,
+    contrastive_loss,
+    learning_rate_at,
+    load_pairs,
+    run_clip_training,
+    train_clip,
+)
+from ldm.types import Example
+
+TINY = ClipTraining(
+    steps=12,
+    batch_size=24,
+    warmup_steps=2,
+    learning_rate=3e-3,
+    width=32,
+    layers=1,
+    vision_layers=1,
+    image_px=32,
+    log_every_steps=1,
+    precision="fp32",
+)
+
+
+class ListSource:
+    """Examples from a list; an index in `broken` cannot be read."""
+
+    fingerprint = "list"
+
+    def __init__(self, examples, broken=()):
+        self.examples, self.broken = examples, broken
+        self.ids = [example.id for example in examples]
+        self.captions = [example.caption for example in examples]
+
+    def __len__(self):
+        return len(self.examples)
+
+    def __getitem__(self, index):
+        if index in self.broken:
+            raise LdmError("unreadable", where=self.ids[index], code=ExitCode.BAD_DATA)
+        return self.examples[index]
+
+
+def flat_pictures(colours, size=(32, 32)):
+    pixels = [np.full((*size, 3), value, dtype=np.uint8) for value in colours]
+    return [Example(f"p{i}", p, f"grey number {i}") for i, p in enumerate(pixels)]
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    encoder, metrics = train_clip(open_shapes(120, image_px=32), TINY)
+    assert torch.equal(before, torch.get_rng_state()), "the global random state is left alone"
+    return encoder, metrics
+
+
+def test_ten_steps_lower_the_loss(trained):
+    losses = [loss for _, loss in trained[1]["losses"]]
+    assert losses[0] == pytest.approx(math.log(24), abs=0.35)  # nothing is known at first
+    assert np.mean(losses[-3:]) < losses[0] - 0.3
+
+
+def test_training_twice_gives_the_same_bits(trained):
+    torch.manual_seed(7)  # another global state must not matter
+    again, metrics = train_clip(open_shapes(120, image_px=32), TINY)
+    assert again.identity == trained[0].identity
+    assert metrics["losses"] == trained[1]["losses"]
+    assert metrics["retrieval"] == trained[1]["retrieval"]
+
+
+def test_another_seed_gives_other_weights(trained):
+    other, _ = train_clip(open_shapes(120, image_px=32), replace(TINY, seed=1, steps=1))
+    first, _ = train_clip(open_shapes(120, image_px=32), replace(TINY, steps=1))
+    assert other.identity["weights"] != first.identity["weights"]
+
+
+def test_the_trained_encoder_is_frozen_and_refuses_prompts_that_are_too_long(trained):
+    encoder = trained[0]
+    assert not any(weight.requires_grad for weight in encoder.parameters())
+    with pytest.raises(LdmError, match="takes 77"):
+        encoder(["word " * 90])
+
+
+def test_what_is_published_loads_through_the_common_path(tmp_path, trained):
+    reported = []
+    metrics = run_clip_training(
+        open_shapes(120, image_px=32),
+        TINY,
+        tmp_path / "clip",
+        progress=lambda step, loss: reported.append(step),
+    )
+    assert reported == list(range(1, TINY.steps + 1))
+    loaded = load_text_encoder(tmp_path / "clip", pad_to=128)
+    assert loaded.identity == trained[0].identity
+    caption = "a small red circle on a black background"
+    assert torch.equal(loaded([caption]).pooled, trained[0]([caption]).pooled)
+    written = json.loads((tmp_path / "clip" / "metrics.json").read_text())
+    assert written["loss"] == metrics["loss"]
+    assert written["config"]["width"] == TINY.width
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["clip"]
+
+
+def test_pairs_with_an_equal_caption_are_not_each_others_negatives():
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(4, 8, generator=generator)
+    text = torch.randn(4, 8, generator=generator)
+    text[1] = text[0]
+    same = torch.eye(4, dtype=torch.bool)
+    same[0, 1] = same[1, 0] = True
+    scale = torch.tensor(5.0)
+
+    def by_hand(keep_for):  # cross-entropy over the rows and columns that remain for each pair
+        scores = (
+            5 * nn.functional.normalize(image, dim=-1) @ nn.functional.normalize(text, dim=-1).T
+        )
+        terms = []
+        for i in range(4):
+            kept = [j for j in range(4) if keep_for(i, j)]
+            terms.append(scores[i, kept].logsumexp(0) - scores[i, i])
+            terms.append(scores[kept, i].logsumexp(0) - scores[i, i])
+        return torch.stack(terms).mean()
+
+    expected = by_hand(lambda i, j: i == j or {i, j} != {0, 1})
+    found = contrastive_loss(image, text, scale, same)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    plain = contrastive_loss(image, text, scale, torch.eye(4, dtype=torch.bool))
+    torch.testing.assert_close(plain, by_hand(lambda i, j: True), atol=1e-6, rtol=0)
+
+
+def test_a_batch_of_one_caption_asks_for_nothing():
+    pixels = flat_pictures(range(0, 240, 20))
+    source = ListSource([Example(e.id, e.pixels, "the same words") for e in pixels])
+    encoder, metrics = train_clip(source, replace(TINY, steps=2))
+    assert metrics["loss"] == pytest.approx(0.0, abs=1e-6)
+    assert encoder(["the same words"]).tokens.isfinite().all()
+
+
+def test_the_learning_rate_is_a_function_of_the_step():
+    config = ClipTraining(steps=100, warmup_steps=10, learning_rate=1.0)
+    assert learning_rate_at(0, config) == pytest.approx(0.1)
+    assert learning_rate_at(9, config) == learning_rate_at(10, config) == pytest.approx(1.0)
+    assert learning_rate_at(55, config) == pytest.approx(0.5)
+    assert 0 < learning_rate_at(99, config) < 1e-3
+    assert learning_rate_at(0, replace(config, warmup_steps=0)) == 1.0
+
+
+def test_bad_samples_are_set_aside_by_name():
+    pairs = load_pairs(ListSource(flat_pictures([1, 2, 3, 4]), broken={1, 3}), TINY)
+    assert pairs.set_aside == ("p1", "p3")
+    assert pairs.captions == ("grey number 0", "grey number 2")
+    assert pairs.pixels[:, 0, 0, 0].tolist() == [1, 3]
+
+
+def test_pictures_of_any_size_become_squares():
+    pairs = load_pairs(ListSource(flat_pictures([10, 20], size=(48, 100))), TINY)
+    assert pairs.pixels.shape == (2, 3, 32, 32)
+    assert pairs.pixels.dtype == torch.uint8
+    assert pairs.pixels[1].unique().tolist() == [20]
+
+
+def test_too_few_pictures_are_bad_data():
+    with pytest.raises(
+        LdmError, match="1 usable captioned pictures.*2 could not be read"
+    ) as caught:
+        load_pairs(ListSource(flat_pictures([1, 2, 3]), broken={0, 2}), TINY)
+    assert caught.value.code == ExitCode.BAD_DATA
+
+
+def test_a_fault_that_is_not_the_samples_own_ends_the_run():
+    class Full(ListSource):
+        def __getitem__(self, index):
+            raise LdmError("disk full", code=ExitCode.IO)
+
+    with pytest.raises(LdmError, match="disk full"):
+        load_pairs(Full(flat_pictures([1, 2])), TINY)
+
+
+def test_impossible_settings_are_reported_together():
+    with pytest.raises(LdmError) as caught:
+        train_clip(ListSource([]), replace(TINY, width=40, patch_px=7, batch_size=1))
+    assert caught.value.code == ExitCode.CONFIG
+    for rule in ("width=40", "patch_px=7", "batch_size=1"):
+        assert rule in caught.value.what
+
+
+def test_a_loss_that_is_not_finite_ends_in_one_sentence():
+    with pytest.raises(LdmError, match="loss is nan") as caught:
+        train_clip(open_shapes(60, image_px=32), replace(TINY, learning_rate=math.inf, steps=4))
+    assert caught.value.code == ExitCode.NUMERICS
+
+
+def test_long_captions_are_cut_and_counted():
+    long = [Example(e.id, e.pixels, f"{e.caption} " * 9) for e in flat_pictures([5, 9, 70])]
+    _, metrics = train_clip(ListSource(long), replace(TINY, steps=1, max_tokens=12))
+    assert metrics["truncated_captions"] == 3
