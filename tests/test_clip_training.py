@@ -71,8 +71,8 @@ def trained():
 
 def test_ten_steps_lower_the_loss(trained):
     losses = [loss for _, loss in trained[1]["losses"]]
-    assert losses[0] == pytest.approx(math.log(24), abs=0.35)  # nothing is known at first
-    assert np.mean(losses[-3:]) < losses[0] - 0.3
+    assert np.mean(losses[-3:]) < math.log(24) - 0.25  # log(24) is chance among 24 captions
+    assert np.mean(losses[-3:]) < losses[0] - 0.5
 
 
 def test_training_twice_gives_the_same_bits(trained):

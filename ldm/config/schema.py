@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from ldm.diffusion.names import (
     PREDICTION_NAMES,
@@ -264,6 +264,17 @@ class DiffusionConfig(Section):
     """Share of samples trained with the null embedding; 0 makes guidance impossible."""
 
 
+def _kind(value: Any) -> Any:
+    """The architecture that a `model` section means; dit when it does not say."""
+    return value.get("kind", "dit") if isinstance(value, dict) else getattr(value, "kind", None)
+
+
+Denoiser = Annotated[
+    Annotated[DitConfig, Tag("dit")] | Annotated[UNetModelConfig, Tag("unet")],
+    Discriminator(_kind),
+]
+
+
 class CacheConfig(Section):
     """Latents and text embeddings computed once."""
 
@@ -370,7 +381,7 @@ class DiffusionExperiment(Experiment):
     """Frozen VAE."""
     text: TextConfig = TextConfig()
     """Frozen text encoder."""
-    model: Annotated[DitConfig | UNetModelConfig, Field(discriminator="kind")] = DitConfig()
+    model: Denoiser = DitConfig()
     """Denoiser."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """Process and objective."""

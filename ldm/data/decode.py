@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import re
 import string
+import struct
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
@@ -144,8 +145,10 @@ def _deep_grey(
         values = values.view(np.uint32)  # Pillow keeps unsigned 32-bit samples in a signed integer
     if values.size and values.min() < 0:
         raise _Refused("negative grey values: the range they stand for is not known")
-    top = 2**depth - 1
-    scaled = np.rint(values.astype(np.float64) * (255 / top)).clip(0, 255).astype(np.uint8)
+    grey_levels = values.astype(np.float32)  # in place from here: these can be 100 M pixels
+    grey_levels *= 255 / (2**depth - 1)
+    np.clip(np.rint(grey_levels, out=grey_levels), 0, 255, out=grey_levels)
+    scaled = grey_levels.astype(np.uint8)
     grey = Image.fromarray(255 - scaled if inverted else scaled)
     if not isinstance(key, int):
         return grey, None
@@ -176,7 +179,7 @@ def _profile_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform 
     parsed = ImageCms.ImageCmsProfile(io.BytesIO(profile))
     if _PROFILE_MODES.get(parsed.profile.xcolor_space.strip()) != mode:
         return None  # e.g. an RGB profile left behind in a CMYK file: browsers ignore it too
-    if "sRGB" in (parsed.profile.profile_description or ""):
+    if _is_named_srgb(profile):
         return None
     return ImageCms.buildTransform(
         parsed,
@@ -186,6 +189,19 @@ def _profile_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform 
         renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
         flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
     )
+
+
+def _is_named_srgb(profile: bytes) -> bool:
+    """Whether a profile calls itself sRGB; most photographs carry such a one, to no effect.
+
+    Read from the tag table (ICC.1:2010, 7.3) rather than through lcms, which reserves up to
+    512 MB for a damaged description.
+    """
+    for entry in range(132, 132 + 12 * min(int.from_bytes(profile[128:132], "big"), 100), 12):
+        if profile[entry : entry + 4] == b"desc":
+            start, size = struct.unpack(">II", profile[entry + 4 : entry + 12])
+            return b"sRGB" in profile[start : start + size].replace(b"\0", b"")  # ASCII or UTF-16
+    return False
 
 
 def _not_a_picture(source: bytes | Path) -> str:

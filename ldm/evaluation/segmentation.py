@@ -208,7 +208,7 @@ TEMPLATE_SMOOTHING = 0.8
 """The same for the outlines: SMOOTHING and the softness of a decoded picture."""
 VISIBLE = 20.0
 """Lab distance from the background at which a pixel belongs to an object."""
-SPECK = 6 / 64**2
+SPECK = 8 / 64**2
 """Share of the picture below which an object is a speck that nobody would count."""
 PLAIN = 0.75
 """Share of an object's core that must have its colour."""
