@@ -22,7 +22,9 @@ MAY_IMPORT = {
     "ldm.models": FOUNDATION | {"ldm.models"},
     "ldm.data": FOUNDATION | {"ldm.data"},
     "ldm.checkpoint": FOUNDATION | {"ldm.checkpoint"},
-    "ldm.build": FOUNDATION | CONFIG | {"ldm.diffusion", "ldm.models", "ldm.data", "ldm.checkpoint"},
+    "ldm.build": FOUNDATION
+    | CONFIG
+    | {"ldm.diffusion", "ldm.models", "ldm.data", "ldm.checkpoint"},
     "ldm.inference": FOUNDATION
     | {"ldm.inference", "ldm.build", "ldm.checkpoint", "ldm.diffusion", "ldm.models", "ldm.data"},
     "ldm.evaluation": FOUNDATION

@@ -220,6 +220,13 @@ def test_one_scale_and_shift_for_all_channels_are_those_of_the_published_pipelin
     assert_close(model.latents(moments, torch.zeros_like(z)), (z - 0.1159) * 0.3611)
 
 
+def test_statistics_and_scale_combine_as_in_the_published_pipelines() -> None:
+    # Stable Diffusion XL: (z - latents_mean) * scaling_factor / latents_std
+    model = with_statistics(**STATISTICS, scaling_factor=0.5)
+    z = torch.tensor([3.0, -1.0, 2.0, 6.5])[None, :, None, None]
+    assert_close(model.normalise(z).flatten(), torch.tensor([0.5, 1.0, 1.0, 1.0]))
+
+
 @pytest.mark.parametrize(
     "changes", [STATISTICS, STATISTICS | {"scaling_factor": 0.5}, {"scaling_factor": 0.18215}, {}]
 )

@@ -103,7 +103,9 @@ def test_a_bad_value_is_refused_with_its_rule(tmp_path, override, part):
 
 
 def test_scientific_notation_that_yaml_reads_as_text_is_a_number(tmp_path):
-    assert load([write(tmp_path, MINIMAL)], ["optim.learning_rate=3e-4"]).optim.learning_rate == 3e-4
+    assert (
+        load([write(tmp_path, MINIMAL)], ["optim.learning_rate=3e-4"]).optim.learning_rate == 3e-4
+    )
 
 
 def test_a_key_given_twice_is_an_error_with_both_lines(tmp_path):
@@ -167,9 +169,11 @@ def test_a_resume_may_change_the_rhythm_but_not_the_experiment(tmp_path):
 
 @given(st.integers(1, 10_000), st.floats(1e-8, 10.0), st.booleans())
 def test_any_valid_value_survives_a_round_trip(steps, rate, shown):
-    config = DiffusionExperiment.model_validate({
-        "run": {"dir": "r", "tensorboard": shown},
-        "train": {"steps": steps},
-        "optim": {"learning_rate": rate},
-    })
+    config = DiffusionExperiment.model_validate(
+        {
+            "run": {"dir": "r", "tensorboard": shown},
+            "train": {"steps": steps},
+            "optim": {"learning_rate": rate},
+        }
+    )
     assert DiffusionExperiment.model_validate(yaml.safe_load(dump(config))) == config

@@ -22,7 +22,8 @@ def fill(directory: Path, tag: str) -> None:
     """A checkpoint with a subdirectory, through storage and behind its back."""
     storage.make_directory(directory / "vae")
     storage.write_bytes(directory / "vae" / "weights", tag.encode() * 20)
-    (directory / "extern").write_bytes(tag.encode())  # as transformers' save_pretrained does
+    for name in ("extern", "vae/extern"):  # as transformers' save_pretrained does
+        (directory / name).write_bytes(tag.encode())
 
 
 def save(run: Path, step: int, tag: str, keep: int = 1) -> None:
@@ -92,6 +93,7 @@ def content(run: Path) -> str:
     tag = storage.verify(found)["facts"]["tag"]
     assert (found / "vae" / "weights").read_bytes() == tag.encode() * 20
     assert (found / "extern").read_bytes() == tag.encode()
+    assert (found / "vae" / "extern").read_bytes() == tag.encode()
     return str(tag)
 
 
@@ -210,26 +212,26 @@ def test_no_power_cut_loses_the_last_checkpoint(
     assert not power_cut_loses(start, tmp_path, scenario)
 
 
-def published(run: Path) -> None:
-    with storage.publish(run / storage.step_name(2), {"tag": "new"}) as directory:
-        fill(directory, "new")
-
-
-def written(run: Path) -> None:
-    (run / "LATEST").unlink()
-    storage.write_latest(run, "step-00000002")
-
-
-@pytest.mark.parametrize("action", [published, written])
-def test_what_has_been_written_survives_a_power_cut_right_afterwards(
-    action: Callable[[Path], None], start: Path
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_published_directory_survives_a_power_cut_right_afterwards(
+    step: int, start: Path
 ) -> None:
-    states = power_cuts(start, lambda: action(start), afterwards=True)
-    tag = b"new" if action is published else b"old"
-    for state in states:  # several while the deletion of the old one is pending
-        assert state["LATEST"] == b"step-00000002\n"
-        assert state["step-00000002"]["extern"] == tag
-        assert state["step-00000002"]["vae"] == {"weights": tag * 20}
+    def publish() -> None:
+        with storage.publish(start / storage.step_name(step), {"tag": "new"}) as directory:
+            fill(directory, "new")
+
+    for state in power_cuts(start, publish, afterwards=True):
+        final = state[storage.step_name(step)]
+        assert final.keys() == {"MANIFEST.json", "extern", "vae"}
+        assert final["extern"] == b"new"
+        assert final["vae"] == {"weights": b"new" * 20, "extern": b"new"}
+    assert all(".old-" not in name and ".tmp-" not in name for name in os.listdir(start))
+
+
+def test_a_written_file_survives_a_power_cut_right_afterwards(start: Path) -> None:
+    (start / "LATEST").unlink()
+    states = power_cuts(start, lambda: storage.write_latest(start, "here"), afterwards=True)
+    assert [state["LATEST"] for state in states] == [b"here\n"]
 
 
 @pytest.mark.parametrize("forgotten", ["fsync", "fsync_dir"])

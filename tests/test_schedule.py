@@ -29,7 +29,7 @@ UNIFORMS = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
 @pytest.mark.parametrize("spacing", SPACINGS)
 @EVERY
 def test_levels_fall_strictly_to_clean_data(name: str, spacing: str, shift: float) -> None:
-    for steps in (1, 2, 3, 7, 50, 333, 999, 1000):
+    for steps in (1, 2, 3, 50, 333, 1000):
         grid = levels(PROCESSES[name], steps, spacing=spacing, shift=shift)
         assert len(grid) == steps + 1
         assert grid[-1] == Level(0, 1, 0)
@@ -56,7 +56,7 @@ def test_karras_spacing_has_its_published_numbers() -> None:
     """Karras et al. 2022 with 18 steps from 80 to 0.002."""
     sigmas = [level.sigma for level in levels(PROCESSES["edm"], 18, spacing="karras")]
     assert sigmas[:3] == pytest.approx([80, 57.586, 40.7856], rel=1e-5)
-    assert sigmas[16:] == pytest.approx([0.0075, 0.002, 0][:1] + [0.002, 0], abs=5e-5)
+    assert sigmas[16:] == pytest.approx([0.0075, 0.002, 0], abs=5e-5)
 
 
 @EVERY

@@ -134,7 +134,12 @@ def load_optimizer_state(
                 # A step counter lives on the CPU unless the kernel itself advances it.
                 on_cpu = slot == "step" and not (group.get("fused") or group.get("capturable"))
                 device = torch.device("cpu") if on_cpu else parameter.device
-                state[slot] = tensors[f"{slot}/{name}"].to(device, copy=True)
+                value = tensors[f"{slot}/{name}"].to(device, copy=True)
+                if value.shape == parameter.shape:
+                    # Fused kernels walk memory in order: moments must lie as the parameter does,
+                    # which safetensors does not keep (channels_last).
+                    value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+                state[slot] = value
             optimizer.state[parameter] = state
 
 

@@ -53,7 +53,7 @@ def save_tensors(
         with open(target, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in order:
-                flat = tensors[name].detach().cpu().contiguous().reshape(-1)
+                flat = tensors[name].detach().cpu().reshape(-1)
                 file.write(flat.view(torch.uint8).numpy().data)
 
     storage.write_file(path, write, need=8 + len(text) + end)

@@ -96,7 +96,11 @@ MAY_CHANGE = (
     "train.accumulation",
     "train.gradient_checkpointing",
     "train.max_bad_steps",
-    "optim.",
+    "optim.learning_rate",
+    "optim.warmup_steps",
+    "optim.schedule",
+    "optim.final_fraction",
+    "optim.clip_norm",
 )
 """Keys that a resumed run may change; everything else would make it another experiment."""
 

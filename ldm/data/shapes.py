@@ -57,7 +57,7 @@ def scene(index: int, split: str, seed: int = 0, objects: int | None = None) -> 
         content = _draw_content(rng, split, wanted)
         if split != "unseen" and _is_validation(content) != (split == "val"):
             continue
-        for _ in range(20):  # only a third object can fail to fit, and three large ones often do
+        for _ in range(20):  # three large objects in a row never fit: then another content is drawn
             places = _draw_places(rng, content)
             if places is not None:
                 things = tuple(
@@ -69,7 +69,7 @@ def scene(index: int, split: str, seed: int = 0, objects: int | None = None) -> 
 def caption(content: Content | Scene, phrasing: int = 0) -> str:
     """The caption in one of `phrasings(n)` wordings; `phrasing` counts modulo that number.
 
-    Odd phrasings tell the scene from the last object to the first.
+    The upper half of them tells the scene from the last object to the first.
     """
     content = content.content if isinstance(content, Scene) else content
     templates = TEMPLATES[len(content.kinds)]

@@ -82,7 +82,8 @@ def levels(
         raise LdmError(f"steps must be at least 1, got {steps}", where="steps", fix="try 50")
     place = named("spacing", SPACINGS, spacing)
     times = shift_time(process, place(process, steps, *shift_domain(process, shift)), shift)
-    chosen = (*(process.level(t) for t in times.tolist()), CLEAN)
+    rows = torch.stack((times, *process.coefficients(times)), dim=1).tolist()
+    chosen = (*(Level(*row) for row in rows), CLEAN)
     assert all(a.sigma * b.alpha > b.sigma * a.alpha for a, b in pairwise(chosen))
     return chosen
 

@@ -10,6 +10,7 @@ import json
 import logging
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -56,6 +57,8 @@ class StopFlag:
     def listening(self) -> Iterator[None]:
         """Handlers are installed inside and the former ones restored afterwards."""
         names = [n for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n)]
+        if threading.current_thread() is not threading.main_thread():
+            names = []  # Python lets only the main thread install handlers
         former = {n: signal.signal(getattr(signal, n), self._heard) for n in names}
         try:
             yield
