@@ -18,6 +18,7 @@ from ldm.training.clip import (
     learning_rate_at,
     load_pairs,
     train_clip,
+    word_agreement,
 )
 from ldm.types import Example
 
@@ -119,24 +120,34 @@ def test_pairs_with_an_equal_caption_are_not_each_others_negatives():
     text[1] = text[0]
     same = torch.eye(4, dtype=torch.bool)
     same[0, 1] = same[1, 0] = True
-    scale = torch.tensor(5.0)
+    logits = 5 * nn.functional.normalize(image, dim=-1) @ nn.functional.normalize(text, dim=-1).T
 
     def by_hand(keep_for):  # cross-entropy over the rows and columns that remain for each pair
-        scores = (
-            5 * nn.functional.normalize(image, dim=-1) @ nn.functional.normalize(text, dim=-1).T
-        )
         terms = []
         for i in range(4):
             kept = [j for j in range(4) if keep_for(i, j)]
-            terms.append(scores[i, kept].logsumexp(0) - scores[i, i])
-            terms.append(scores[kept, i].logsumexp(0) - scores[i, i])
+            terms.append(logits[i, kept].logsumexp(0) - logits[i, i])
+            terms.append(logits[kept, i].logsumexp(0) - logits[i, i])
         return torch.stack(terms).mean()
 
     expected = by_hand(lambda i, j: i == j or {i, j} != {0, 1})
-    found = contrastive_loss(image, text, scale, same)
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
-    plain = contrastive_loss(image, text, scale, torch.eye(4, dtype=torch.bool))
+    torch.testing.assert_close(contrastive_loss(logits, same), expected, atol=1e-6, rtol=0)
+    plain = contrastive_loss(logits, torch.eye(4, dtype=torch.bool))
     torch.testing.assert_close(plain, by_hand(lambda i, j: True), atol=1e-6, rtol=0)
+
+
+def test_agreement_by_word_is_the_mean_of_the_best_cosines():
+    generator = torch.Generator().manual_seed(0)
+    cells = torch.randn(3, 4, 8, generator=generator)
+    words = torch.randn(3, 5, 8, generator=generator)
+    mask = torch.arange(5)[None] < torch.tensor([5, 2, 1])[:, None]
+    expected = torch.empty(3, 3)
+    for i in range(3):
+        for j in range(3):
+            real = words[j, mask[j]]
+            cosine = torch.cosine_similarity(real[:, None], cells[i][None], dim=-1)
+            expected[i, j] = cosine.max(1).values.mean()
+    torch.testing.assert_close(word_agreement(cells, words, mask), expected, atol=1e-6, rtol=0)
 
 
 def test_a_batch_of_one_caption_asks_for_nothing():

@@ -87,8 +87,9 @@ def test_impossible_requests_are_refused() -> None:
         levels(flow, 1001, spacing="trailing")
     with pytest.raises(LdmError, match=r"unknown spacing 'karas'.*karras"):
         levels(flow, 10, spacing="karas")
-    with pytest.raises(LdmError, match="shift must be > 0"):
-        levels(flow, 10, shift=0.0)
+    for shift in (0.0, -2.0, math.inf, math.nan):
+        with pytest.raises(LdmError, match=f"shift must be > 0, got {shift}"):
+            levels(flow, 10, shift=shift)
     with pytest.raises(LdmError, match="unknown timestep distribution"):
         sample_times(flow, UNIFORMS, distribution="beta")
 

@@ -147,6 +147,9 @@ def test_a_prompt_of_exactly_the_limit_is_accepted(encoder):
     strict = HuggingFaceTextEncoder(encoder.model, encoder.tokenizer, **options)
     assert strict(["two small yellow stars"]).mask.sum() == count
     assert strict.truncated_prompts == 0
+    shorter = HuggingFaceTextEncoder(encoder.model, encoder.tokenizer, max_tokens=count - 1)
+    with pytest.raises(LdmError, match=f"has {count} tokens"):
+        shorter(["two small yellow stars"])
 
 
 def test_truncation_keeps_the_end_token_and_counts(encoder):
@@ -167,6 +170,12 @@ def test_a_control_token_spelled_in_a_prompt_is_not_one(encoder, said):
     assert not control & set(inner)
     assert encoder.tokenizer.pad_token_id not in inner
     assert mask.all()
+
+
+def test_clip_reads_a_spelled_control_token_as_text():
+    encoder = tiny_clip()
+    ids, _ = encoder.tokenize(["one <|endoftext|> star"])
+    assert encoder.tokenizer.decode(ids[0, 1:-1]) == "one <|endoftext|> star"
 
 
 @pytest.mark.parametrize(

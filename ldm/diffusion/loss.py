@@ -13,7 +13,7 @@ Weighting = Callable[[Tensor], Tensor]
 """snr = alpha^2 / sigma^2 (B,) -> weight (B,) of the squared error of x0."""
 
 MIN_SNR_GAMMA = 5.0
-"""Hang et al. 2023 (arXiv 2303.09556), section 4."""
+"""The gamma that Hang et al. 2023 (arXiv 2303.09556) recommend."""
 
 
 def diffusion_loss(
@@ -49,7 +49,7 @@ def diffusion_loss(
 
 
 def min_snr(snr: Tensor) -> Tensor:
-    """min(SNR, 5) on x0: Hang et al. 2023 (arXiv 2303.09556), eq. 7."""
+    """min(SNR, 5) on x0: Hang et al. 2023 (arXiv 2303.09556), whatever is predicted."""
     return snr.clamp(max=MIN_SNR_GAMMA)
 
 

@@ -113,7 +113,8 @@ def ddim(
     _check_eta(eta, noise)
     for step, (now, nxt) in enumerate(pairwise(levels)):
         kept = math.sqrt(1 - eta**2 * (1 - _memory(now, nxt) ** 2))
-        x = _noisy_transition(x, denoise(x, now), now, nxt, kept, step, noise)
+        x = transition(x, denoise(x, now), now, _quieter(nxt, kept))
+        x = _renoised(x, nxt.sigma * math.sqrt(1 - kept**2), step, noise)
         _tell(on_step, step, x)
     return x
 
@@ -190,7 +191,7 @@ def dpmpp_2m_sde(
 ) -> Tensor:
     """SDE-DPM-Solver++(2M), midpoint form; eta = 0 is `dpmpp_2m`. Arguments as in `ddim`.
 
-    Source: Lu et al. 2022 (arXiv 2211.01095), eq. 19; eta scales the noise of the reverse SDE.
+    Source: Lu et al. 2022 (arXiv 2211.01095), section 6; eta scales the noise of the reverse SDE.
     """
     _check_eta(eta, noise)
     before: Level | None = None
@@ -202,24 +203,21 @@ def dpmpp_2m_sde(
             # 0 right after pure noise, where the last step in log(alpha / sigma) was infinite
             ratio = _log_step(now, nxt) / _log_step(before, now)
             ahead = x0 + 0.5 * ratio * (x0 - x0_before)
-        x = _noisy_transition(x, ahead, now, nxt, _memory(now, nxt) ** eta, step, noise)
+        kept = _memory(now, nxt) ** eta
+        x = transition(x, ahead, now, _quieter(nxt, kept))
+        x = _renoised(x, nxt.sigma * math.sqrt(1 - kept**2), step, noise)
         before, x0_before = now, x0
         _tell(on_step, step, x)
     return x
 
 
-def _noisy_transition(
-    x: Tensor,
-    x0: Tensor,
-    now: Level,
-    nxt: Level,
-    kept: float,
-    step: int,
-    noise: Noise | None,
-) -> Tensor:
-    """A transition to sigma = kept * nxt.sigma, then fresh noise up to nxt.sigma."""
-    x = transition(x, x0, now, Level(nxt.t, nxt.alpha, kept * nxt.sigma))
-    fresh = nxt.sigma * math.sqrt(1 - kept**2)
+def _quieter(level: Level, kept: float) -> Level:
+    """The level with only the share `kept` of its noise, the part that is not drawn anew."""
+    return Level(level.t, level.alpha, kept * level.sigma)
+
+
+def _renoised(x: Tensor, fresh: float, step: int, noise: Noise | None) -> Tensor:
+    """x with draws of standard deviation `fresh`; draws nothing where that is 0."""
     return x if noise is None or fresh == 0 else x + fresh * noise(step).to(x)
 
 

@@ -34,7 +34,7 @@ def shift_time(process: Process, t: Tensor, shift: float) -> Tensor:
     """Moves times towards noise for larger images: sigma / alpha is multiplied by `shift`.
 
     On rectified flow this is shift t / (1 + (shift - 1) t), Esser et al. 2024 (arXiv 2403.03206),
-    eq. 23; on any process logsnr - 2 log(shift), Hoogeboom et al. 2023 (arXiv 2301.11093), eq. 8.
+    eq. 23; on any process logsnr - 2 log(shift), Hoogeboom et al. 2023 (arXiv 2301.11093).
 
     Args:
         process: supplies the log-SNR and its inverse.
@@ -44,8 +44,7 @@ def shift_time(process: Process, t: Tensor, shift: float) -> Tensor:
     Raises:
         LdmError: shift is not positive.
     """
-    if not 0 < shift < math.inf:
-        raise LdmError(f"shift must be > 0, got {shift}", where="shift", fix="1.0 means no shift")
+    _check_shift(shift)
     if shift == 1.0:
         return t
     return process.t_at(process.logsnr(t) - 2 * math.log(shift))
@@ -55,9 +54,13 @@ def shift_domain(process: Process, shift: float) -> tuple[float, float]:
     """The times that `shift` moves to 0 and t_max; grids and laws span these, so none piles up.
 
     0 and t_max themselves where the process reaches pure data and pure noise (rectified flow).
+
+    Raises:
+        LdmError: shift is not positive.
     """
+    _check_shift(shift)
     ends = torch.tensor([0.0, process.t_max], dtype=torch.float64)
-    low, high = shift_time(process, ends, 1 / shift if shift else 0.0).tolist()
+    low, high = shift_time(process, ends, 1 / shift).tolist()
     return (low, process.t_max) if shift <= 1 else (0.0, high)
 
 
@@ -188,6 +191,11 @@ def _at_ratios(process: Process, log_ratio: Tensor, high: float) -> Tensor:
     times = process.t_at(-2 * log_ratio)
     times[0] = high  # pure noise where the grid itself had to start at RATIO_MAX
     return times
+
+
+def _check_shift(shift: float) -> None:
+    if not 0 < shift < math.inf:
+        raise LdmError(f"shift must be > 0, got {shift}", where="shift", fix="1.0 means no shift")
 
 
 def _check_discrete(steps: int) -> None:

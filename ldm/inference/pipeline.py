@@ -33,6 +33,7 @@ from ldm.models.text import HuggingFaceTextEncoder, load_text_encoder
 from ldm.randomness import normal
 from ldm.types import TextEmbedding
 
+SETTINGS = ("steps", "sampler", "spacing", "shift", "cfg_scale", "rescale", "interval", "eta")
 MAX_STEPS, MAX_SIDE, MAX_PICTURES = 1000, 4096, 100_000
 
 log = logging.getLogger(__name__)
@@ -159,13 +160,14 @@ class Pipeline:
                 where="n",
                 fix=f"ask for 1 to {MAX_PICTURES} pictures",
             )
-        asked = {**self.defaults(), **settings}
-        if unknown := asked.keys() - self.defaults().keys():
+        if unknown := settings.keys() - SETTINGS:
             raise LdmError(
                 f"unknown setting {', '.join(sorted(unknown))}",
                 where="settings",
-                fix=f"known: {', '.join(self.defaults())}",
+                fix=f"known: {', '.join(SETTINGS)}",
             )
+        asked = {**self.defaults(), **settings}
+        asked.setdefault("eta", named("sampler", SAMPLERS, asked["sampler"]).eta)
         height, width = (size, size) if isinstance(size, int) else size or self.trained_size
         requests = [
             Request(

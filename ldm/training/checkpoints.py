@@ -260,7 +260,7 @@ def make_contract(config: DiffusionExperiment, frozen: Any, null_sha256: str) ->
         max_tokens=encoder.max_tokens,
         mask_rule="padding is masked in every attention",
         image_sizes=((side, side),),
-        sampling={**sampling, "shift": config.diffusion.timesteps.shift, "eta": 0.0},
+        sampling={**sampling, "shift": config.diffusion.timesteps.shift},
     )
 
 

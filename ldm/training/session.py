@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -84,8 +85,13 @@ class Session:
         from accelerate import Accelerator
 
         self.config = config
-        # autocast is ours (`autocast` below): one precision setting, the configuration's
-        self.accelerator = Accelerator(mixed_precision="no")
+        # autocast is ours (`autocast` below): one precision setting, the configuration's.
+        # cpu: without it Accelerate overlooks that torchrun started several CPU processes
+        self.accelerator = Accelerator(
+            mixed_precision="no", cpu=not torch.accelerator.is_available()
+        )
+        asked = int(os.environ.get("WORLD_SIZE", "1"))
+        assert self.accelerator.num_processes == asked, "the launcher's ranks do not see each other"
         self.device: torch.device = self.accelerator.device
         self.precision = resolve_precision(config.train.precision, self.device)
         self.is_main: bool = self.accelerator.is_main_process
