@@ -175,7 +175,8 @@ def test_a_control_token_spelled_in_a_prompt_is_not_one(encoder, said):
 def test_clip_reads_a_spelled_control_token_as_text():
     encoder = tiny_clip()
     ids, _ = encoder.tokenize(["one <|endoftext|> star"])
-    assert encoder.tokenizer.decode(ids[0, 1:-1]) == "one <|endoftext|> star"
+    spelled = encoder.tokenizer.decode(ids[0, 1:-1])
+    assert spelled.replace(" ", "") == "one<|endoftext|>star"
 
 
 @pytest.mark.parametrize(

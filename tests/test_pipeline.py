@@ -1,0 +1,229 @@
+"""Drawing: pictures depend on their own request alone, and a request that cannot be served says why."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from recipes import tiny
+
+from ldm import Pipeline
+from ldm.cli import main
+from ldm.errors import ExitCode, LdmError
+from ldm.inference.images import Request, read_request
+from ldm.storage import read_json
+from ldm.training.diffusion import train_diffusion
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "run"
+    train_diffusion(tiny("dit", folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unet_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model") / "run"
+    train_diffusion(tiny("unet", folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipeline(run):
+    """The tiny model with a network that is not zero: an untrained DiT predicts nothing."""
+    pipeline = Pipeline.from_pretrained(run)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for weight in pipeline.net.parameters():
+            weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+    return pipeline
+
+
+def pixels(image):
+    return np.asarray(image, dtype=int)
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "dpmpp_2m_sde", "ddim"])
+def test_a_picture_of_a_batch_equals_the_same_seed_alone(pipeline, sampler):
+    eta = {} if sampler == "dpmpp_2m" else {"eta": 1.0}
+    prompts = ["a red circle", "a much longer prompt about a small blue star above a square"]
+    batch = pipeline(prompts, n=2, seed=5, sampler=sampler, **eta)
+    alone = pipeline(prompts[1], seed=8, sampler=sampler, **eta)
+    assert np.abs(pixels(batch[3]) - pixels(alone[0])).max() <= 1
+    assert np.abs(pixels(batch[0]) - pixels(batch[1])).max() > 1, "seeds make a difference"
+
+
+def test_the_batch_size_does_not_change_the_pictures(pipeline):
+    one = pipeline("a red circle", n=5, batch_size=1)
+    five = pipeline("a red circle", n=5, batch_size=5)
+    assert max(np.abs(pixels(a) - pixels(b)).max() for a, b in zip(one, five, strict=True)) <= 1
+
+
+@pytest.mark.parametrize("pad_to", [77, 128, 256])
+def test_padding_the_text_does_not_change_the_pictures(pipeline, pad_to):
+    usual = pipeline("a red circle", seed=3)[0]
+    pipeline.encoder.pad_to = pad_to
+    try:
+        padded = pipeline("a red circle", seed=3)[0]
+    finally:
+        pipeline.encoder.pad_to = None
+    assert np.abs(pixels(usual) - pixels(padded)).max() <= 1
+
+
+def test_the_prompt_and_the_negative_prompt_make_a_difference(pipeline):
+    base = pixels(pipeline("a red circle", cfg_scale=4.0)[0])
+    assert np.abs(base - pixels(pipeline("a blue square", cfg_scale=4.0)[0])).max() > 1
+    assert np.abs(base - pixels(pipeline("a red circle", negative="blue", cfg_scale=4.0)[0])).max()
+
+
+def test_guidance_of_one_calls_the_network_once_per_step_with_one_row(pipeline, monkeypatch):
+    rows = []
+    real = pipeline._network
+    monkeypatch.setattr(
+        pipeline, "_network", lambda x, t, text: (rows.append(len(x)), real(x, t, text))[1]
+    )
+    pipeline("a red circle", cfg_scale=1.0, steps=3, sampler="euler")
+    pipeline("a red circle", cfg_scale=2.0, steps=3, sampler="euler")
+    assert rows == [1, 1, 1, 2, 2, 2]
+
+
+def test_other_sizes_are_drawn_and_impossible_ones_refused(pipeline, caplog):
+    picture = pipeline("a red circle", size=(32, 64))[0]
+    assert picture.size == (64, 32)
+    assert "trained at 32x32" in caplog.text
+    with pytest.raises(LdmError, match="multiples of 4") as caught:
+        pipeline("a red circle", size=34)
+    assert "use 32 or 36" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"steps": 0}, "0 steps"),
+        ({"steps": 1001}, "1001 steps"),
+        ({"sampler": "plms"}, "unknown sampler"),
+        ({"sampler": "euler", "eta": 0.5}, "draws no noise"),
+        ({"cfg_scale": float("nan")}, "out of range"),
+        ({"cfg_scale": -1.0}, "out of range"),
+        ({"n": 0}, "cannot be drawn"),
+        ({"spacing": "random"}, "unknown spacing"),
+        ({"style": "oil"}, "unknown setting style"),
+    ],
+)
+def test_a_request_that_makes_no_sense_is_refused_by_name(pipeline, settings, part):
+    with pytest.raises(LdmError, match=part) as caught:
+        pipeline("a red circle", **settings)
+    assert caught.value.code == ExitCode.USAGE
+
+
+def test_a_prompt_that_is_too_long_names_its_tokens_and_the_limit(pipeline):
+    with pytest.raises(LdmError, match=r"has \d+ tokens, the text encoder takes 77"):
+        pipeline("a red circle " * 60)
+
+
+def test_guidance_is_refused_for_a_model_trained_without_caption_dropout(tmp_path):
+    folder = tmp_path / "run"
+    train_diffusion(tiny("dit", folder, "diffusion.caption_dropout=0", "sample.cfg_scale=1"))
+    pipeline = Pipeline.from_pretrained(folder)
+    assert len(pipeline("a red circle")) == 1
+    with pytest.raises(LdmError, match="without caption dropout"):
+        pipeline("a red circle", cfg_scale=3.0)
+
+
+def test_pictures_show_themselves_in_a_notebook(pipeline):
+    pictures = pipeline("a <red> circle", n=3)
+    assert pictures._repr_png_().startswith(b"\x89PNG")
+    assert "a &lt;red&gt; circle" in pictures._repr_html_()
+    assert pictures.grid(columns=3).width > pictures.grid(columns=1).width
+
+
+def test_infer_writes_numbered_files_and_replay_makes_the_same_picture(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\n\n  a blue star \n")
+    arguments = ["infer", "--model", str(run), "--prompt-file", str(prompts), "--n", "2"]
+    assert main([*arguments, "--out", str(out), "--seed", "3", "--sampler", "dpmpp_2m_sde"]) == 0
+    assert sorted(p.name for p in out.iterdir()) == [f"{k:05d}.png" for k in range(4)]
+    picture = out / "00003.png"
+    request, _, _ = read_request(picture)
+    assert (request.prompt, request.seed, request.eta) == ("a blue star", 6, 1.0)
+    with Image.open(picture) as image:
+        assert "Steps: 4, Sampler: dpmpp_2m_sde" in image.text["parameters"]
+    assert main(["replay", str(picture), "--out", str(out)]) == 0
+    again = out / "00004.png"
+    assert str(again) in capsys.readouterr().out
+    with Image.open(picture) as one, Image.open(again) as two:
+        assert np.abs(pixels(one) - pixels(two)).max() <= 1
+
+
+def test_replay_refuses_another_checkpoint_than_the_one_that_drew(run, unet_run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["infer", "--model", str(run), "--prompt", "x", "--out", str(out)]) == 0
+    assert main(["replay", str(out / "00000.png"), "--model", str(unet_run)]) == ExitCode.USAGE
+    assert "another checkpoint" in capsys.readouterr().err
+
+
+def test_a_request_survives_its_metadata(run, tmp_path):
+    request = Request(
+        prompt="naïve ☃ — 星", negative=None, seed=2**40, steps=7, sampler="ddim",
+        spacing="trailing", shift=1.5, cfg_scale=2.5, rescale=0.1, interval=(0.1, 0.9), eta=0.3,
+        height=32, width=64,
+    )
+    path = Pipeline.from_pretrained(run).draw([request]).save(tmp_path)[0]
+    assert read_request(path)[0] == request
+
+
+def test_checkpoint_folders_open_in_diffusers_and_transformers(run, unet_run):
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    pipeline = Pipeline.from_pretrained(unet_run)
+    folder = next(unet_run.glob("step-00000006"))
+    vae = AutoencoderKL.from_pretrained(folder / "vae")
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    text = CLIPTextModel.from_pretrained(folder / "text_encoder")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    x, z = torch.randn(2, 3, 32, 32), torch.randn(2, 4, 8, 8)
+    with torch.no_grad():
+        ours = pipeline.vae.moments(x)
+        theirs = vae.encode(x).latent_dist
+        torch.testing.assert_close(ours.chunk(2, 1)[0], theirs.mean, atol=1e-5, rtol=1e-5)
+        ids = tokenizer("a red circle", return_tensors="pt")
+        states = text(**ids).last_hidden_state
+        embedding = pipeline.encoder(["a red circle"])
+        torch.testing.assert_close(states, embedding.tokens, atol=1e-5, rtol=1e-5)
+        t = torch.tensor([10.0, 900.0])
+        mask = embedding.mask.expand(2, -1)
+        theirs = unet(
+            z, t, states.expand(2, -1, -1), encoder_attention_mask=mask, return_dict=False
+        )[0]
+        ours = pipeline._network(z, t, type(embedding)(states.expand(2, -1, -1), mask))
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_the_contract_says_what_the_weights_mean(unet_run):
+    folder = next(unet_run.glob("step-00000006"))
+    contract = read_json(folder / "contract.json")
+    assert contract["process"] == "sd"
+    assert contract["prediction"] == "eps"
+    assert contract["caption_dropout"] == 0.1
+    assert json.loads((folder / "model_index.json").read_text())["unet"] == [
+        "diffusers", "UNet2DConditionModel",
+    ]
+
+
+def test_a_directory_that_is_no_run_and_a_damaged_model_are_named(tmp_path, capsys, run):
+    assert main(["infer", "--model", str(tmp_path), "--prompt", "x"]) == ExitCode.USAGE
+    assert "not a run directory" in capsys.readouterr().err
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    for weights in copy.glob("step-*/transformer/*.safetensors"):
+        weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(["infer", "--model", str(copy), "--prompt", "x"]) == ExitCode.IO
+    error = capsys.readouterr().err
+    assert "all checkpoints of this run are damaged" in error
+    assert "Traceback" not in error
