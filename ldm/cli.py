@@ -86,8 +86,12 @@ def _infer(args: argparse.Namespace) -> None:
 
     pipeline = Pipeline.from_pretrained(args.model, device=args.device)
     asked = {
-        "steps": args.steps, "sampler": args.sampler, "cfg_scale": args.cfg,
-        "spacing": args.spacing, "rescale": args.rescale, "eta": args.eta,
+        "steps": args.steps,
+        "sampler": args.sampler,
+        "cfg_scale": args.cfg,
+        "spacing": args.spacing,
+        "rescale": args.rescale,
+        "eta": args.eta,
     }
     from tqdm.auto import tqdm
 
@@ -135,8 +139,13 @@ def _adherence(args: argparse.Namespace) -> None:
 
     print(
         adherence_report(
-            args.model, count=args.n, split=args.split, out=Path(args.out) if args.out else None,
-            device=args.device, cfg=args.cfg, steps=args.steps,
+            args.model,
+            count=args.n,
+            split=args.split,
+            out=Path(args.out) if args.out else None,
+            device=args.device,
+            cfg=args.cfg,
+            steps=args.steps,
         )
     )
 
@@ -145,6 +154,15 @@ def _demo(args: argparse.Namespace) -> None:
     from ldm.demo import run_demo
 
     run_demo(Path(args.configs), args.overrides)
+
+
+def _emoji(args: argparse.Namespace) -> None:
+    from ldm.data.emoji import FONT, write_emoji
+
+    count = write_emoji(
+        Path(args.folder), image_px=args.px, font=Path(args.font) if args.font else FONT
+    )
+    print(f"{count} pictures in {args.folder}")
 
 
 def _load(args: argparse.Namespace, stage: str) -> Any:
@@ -169,8 +187,9 @@ def _prompts(args: argparse.Namespace) -> list[str]:
         prompts += [line.strip() for line in text.splitlines() if line.strip()]
     if not prompts:
         raise LdmError(
-            "there is no prompt", where="--prompt", fix='give --prompt "a red circle" or '
-            "--prompt-file FILE with one prompt a line",
+            "there is no prompt",
+            where="--prompt",
+            fix='give --prompt "a red circle" or --prompt-file FILE with one prompt a line',
         )
     return prompts
 
@@ -214,13 +233,21 @@ def _parser() -> argparse.ArgumentParser:
     adherence.add_argument("--model", required=True, help="run directory or checkpoint")
     adherence.add_argument("-n", "--n", type=int, default=250, help="prompts to draw")
     adherence.add_argument(
-        "--split", default="val", choices=("val", "unseen"),
+        "--split",
+        default="val",
+        choices=("val", "unseen"),
         help="val: captions not trained on; unseen: colour-shape pairs never seen together",
     )
     adherence.add_argument("--cfg", type=float, help="guidance; default from the checkpoint")
     adherence.add_argument("--steps", type=int, help="solver steps; default from the checkpoint")
     adherence.add_argument("--out", help="folder for report.json and the contact sheet")
     adherence.add_argument("--device", help="cpu, cuda, ...")
+    data = commands.add_parser("data", help="make data sets")
+    kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND")
+    emoji = _command(kinds, "emoji", "emoji with their names, as an image folder", _emoji)
+    emoji.add_argument("folder", help="new folder for the pictures and metadata.jsonl")
+    emoji.add_argument("--px", type=int, default=64, help="side of the pictures")
+    emoji.add_argument("--font", help="path of NotoColorEmoji.ttf")
     demo = _command(commands, "demo", "train everything on shapes and report", _demo)
     demo.add_argument("--configs", default="configs/demo", help="folder with the demo's recipes")
     demo.add_argument("overrides", nargs="*", metavar="STAGE.KEY=VALUE", help="changes to recipes")
@@ -238,11 +265,16 @@ def _command(
 
 def _configured(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--config", action="append", default=[], metavar="YAML",
+        "--config",
+        action="append",
+        default=[],
+        metavar="YAML",
         help="experiment file; of several, later ones win",
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="CONFIG|KEY=VALUE",
+        "overrides",
+        nargs="*",
+        metavar="CONFIG|KEY=VALUE",
         help="an experiment file, or changes such as train.steps=100",
     )
     parser.set_defaults(run=_split_positionals(parser.get_default("run")))
@@ -258,8 +290,10 @@ def _split_positionals(
         args.overrides = [text for text in args.overrides if "=" in text]
         if not args.config:
             raise LdmError(
-                "no configuration file was given", where="--config",
-                fix="for example --config configs/tiny/dit.yaml", code=ExitCode.CONFIG,
+                "no configuration file was given",
+                where="--config",
+                fix="for example --config configs/tiny/dit.yaml",
+                code=ExitCode.CONFIG,
             )
         run(args)
 

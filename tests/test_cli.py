@@ -20,11 +20,20 @@ def pictures(folder, captions=("a red hat", "a blue hat", "a green hat", "a grey
 
 
 def train(tmp_path, folder, *extra):
-    return main([
-        "train-diffusion", "--config", str(TINY["dit"]), f"run.dir={tmp_path / 'run'}", *QUICK,
-        f"cache.dir={tmp_path / 'cache'}", "data.source=imagefolder", f"data.path={folder}",
-        "train.batch_size=2", *extra,
-    ])
+    return main(
+        [
+            "train-diffusion",
+            "--config",
+            str(TINY["dit"]),
+            f"run.dir={tmp_path / 'run'}",
+            *QUICK,
+            f"cache.dir={tmp_path / 'cache'}",
+            "data.source=imagefolder",
+            f"data.path={folder}",
+            "train.batch_size=2",
+            *extra,
+        ]
+    )
 
 
 def refusal(capsys, code, expected):
@@ -101,10 +110,16 @@ def test_a_full_disk_ends_with_the_io_code_and_keeps_the_last_checkpoint(
             raise OSError(errno.ENOSPC, "No space left on device", str(arguments[0]))
 
     monkeypatch.setattr(ops, "hook", full)
-    code = main([
-        "train-diffusion", "--config", str(TINY["dit"]), f"run.dir={tmp_path / 'run'}", *QUICK,
-        f"cache.dir={tmp_path / 'cache'}",
-    ])
+    code = main(
+        [
+            "train-diffusion",
+            "--config",
+            str(TINY["dit"]),
+            f"run.dir={tmp_path / 'run'}",
+            *QUICK,
+            f"cache.dir={tmp_path / 'cache'}",
+        ]
+    )
     message = refusal(capsys, code, ExitCode.IO)
     assert written
     assert "free" in message
@@ -115,10 +130,17 @@ def test_a_full_disk_ends_with_the_io_code_and_keeps_the_last_checkpoint(
 def test_an_unwritable_output_is_named(tmp_path, capsys):
     train_diffusion(tiny("dit", tmp_path / "run"))
     (tmp_path / "file").write_text("")
-    code = main([
-        "infer", "--model", str(tmp_path / "run"), "--prompt", "x",
-        "--out", str(tmp_path / "file" / "out"),
-    ])
+    code = main(
+        [
+            "infer",
+            "--model",
+            str(tmp_path / "run"),
+            "--prompt",
+            "x",
+            "--out",
+            str(tmp_path / "file" / "out"),
+        ]
+    )
     assert "file" in refusal(capsys, code, ExitCode.IO)
 
 

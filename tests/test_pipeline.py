@@ -1,4 +1,4 @@
-"""Drawing: pictures depend on their own request alone, and a request that cannot be served says why."""
+"""Drawing: a picture depends on its own request alone; what cannot be served says why."""
 
 import json
 
@@ -167,9 +167,19 @@ def test_replay_refuses_another_checkpoint_than_the_one_that_drew(run, unet_run,
 
 def test_a_request_survives_its_metadata(run, tmp_path):
     request = Request(
-        prompt="naïve ☃ — 星", negative=None, seed=2**40, steps=7, sampler="ddim",
-        spacing="trailing", shift=1.5, cfg_scale=2.5, rescale=0.1, interval=(0.1, 0.9), eta=0.3,
-        height=32, width=64,
+        prompt="naïve ☃ — 星",
+        negative=None,
+        seed=2**40,
+        steps=7,
+        sampler="ddim",
+        spacing="trailing",
+        shift=1.5,
+        cfg_scale=2.5,
+        rescale=0.1,
+        interval=(0.1, 0.9),
+        eta=0.3,
+        height=32,
+        width=64,
     )
     path = Pipeline.from_pretrained(run).draw([request]).save(tmp_path)[0]
     assert read_request(path)[0] == request
@@ -210,7 +220,8 @@ def test_the_contract_says_what_the_weights_mean(unet_run):
     assert contract["prediction"] == "eps"
     assert contract["caption_dropout"] == 0.1
     assert json.loads((folder / "model_index.json").read_text())["unet"] == [
-        "diffusers", "UNet2DConditionModel",
+        "diffusers",
+        "UNet2DConditionModel",
     ]
 
 

@@ -25,8 +25,11 @@ def measure(
             nonlocal drawn
             before = drawn
             pictures = pipeline(
-                captions, seed=seed + before, batch_size=32,
-                progress=lambda done: bar.update(before + done - bar.n), **settings,
+                captions,
+                seed=seed + before,
+                batch_size=32,
+                progress=lambda done: bar.update(before + done - bar.n),
+                **settings,
             )
             drawn += len(captions)
             return pictures.images
@@ -76,9 +79,7 @@ def as_json(result: Adherence) -> dict[str, Any]:
 
 def save_sheet(result: Adherence, path: Path, count: int = 48) -> None:
     """The first pictures with their captions and what is wrong with each, as PNG."""
-    sheet = contact_sheet(
-        result.images[:count], result.captions[:count], result.verdicts[:count]
-    )
+    sheet = contact_sheet(result.images[:count], result.captions[:count], result.verdicts[:count])
     storage.write_file(path, lambda file: sheet.save(file, format="PNG"))
 
 
