@@ -105,6 +105,7 @@ def build_denoiser(
     channels: int,
     text: HuggingFaceTextEncoder,
     seed: int,
+    checkpointing: bool = False,
 ) -> nn.Module:
     """A denoiser with fresh weights that fits the latents and the text encoder."""
     if isinstance(config, DitConfig):
@@ -118,7 +119,9 @@ def build_denoiser(
             text_dim=text.width,
             pooled_dim=text.pooled_width if config.pooled else None,
         )
-        return seeded(lambda: DiT(dit), seed)
+        transformer = seeded(lambda: DiT(dit), seed)
+        transformer.gradient_checkpointing = checkpointing
+        return transformer
     unet = UNetConfig(
         in_channels=channels,
         out_channels=channels,
@@ -134,7 +137,9 @@ def build_denoiser(
         cross_attention_dim=text.width,
         norm_num_groups=config.norm_num_groups,
     )
-    return seeded(lambda: UNet(unet), seed)
+    net = seeded(lambda: UNet(unet), seed)
+    net.gradient_checkpointing = checkpointing
+    return net
 
 
 def load_text(config: TextConfig, captions: Sequence[str], seed: int) -> HuggingFaceTextEncoder:

@@ -1,7 +1,8 @@
 """`ldm demo`: the whole path on data that the project draws itself, with a report at the end.
 
 Each stage runs in a process of its own through the same commands a user would type, so the demo
-shows nothing that the scripts cannot do. Killing it and starting it again continues.
+shows nothing that the scripts cannot do. Its length is planned once, from the speed of the machine,
+and written down: killing the demo and starting it again continues the same plan.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from ldm import __version__, storage
 from ldm.config.files import load
-from ldm.config.schema import DiffusionExperiment, VaeExperiment
+from ldm.config.schema import ClipExperiment, DiffusionExperiment, VaeExperiment
 from ldm.errors import ExitCode, LdmError
 
 STAGES = (
@@ -25,6 +26,10 @@ STAGES = (
     ("clip", "train-clip", "CLIP: captions to embeddings"),
     ("dit", "train-diffusion", "DiT: noise to latents that follow a caption"),
 )
+SECONDS = {"vae": 260.0, "clip": 45.0, "dit": 260.0}
+"""Training time that each stage is planned for; the rest of twelve minutes is for starting
+processes, the cache, drawing, and machines that are slower later than when they were measured."""
+PLAN = "demo-plan.json"
 PICTURES = 250
 """Held-out captions that are drawn and measured."""
 CLOCK = "demo-seconds.json"
@@ -38,11 +43,15 @@ def run_demo(configs: Path, overrides: Sequence[str] = ()) -> None:
         configs: folder with vae.yaml, clip.yaml and dit.yaml.
         overrides: `stage.key=value` changes, for example `dit.train.steps=100`.
     """
-    changes = {name: _changes(name, overrides) for name, _, _ in STAGES}
+    given = {name: _changes(name, overrides) for name, _, _ in STAGES}
     files = {name: str(configs / f"{name}.yaml") for name, _, _ in STAGES}
-    dit: DiffusionExperiment = load([files["dit"]], changes["dit"], stage="diffusion")
-    vae: VaeExperiment = load([files["vae"]], changes["vae"], stage="vae")
+    dit: DiffusionExperiment = load([files["dit"]], given["dit"], stage="diffusion")
+    vae: VaeExperiment = load([files["vae"]], given["vae"], stage="vae")
+    clip: ClipExperiment = load([files["clip"]], given["clip"], stage="clip")
     run_dir = Path(dit.run.dir)
+    steps = _plan(run_dir, vae, clip, dit)
+    # what the user asks for comes last, and wins
+    changes = {name: [f"train.steps={steps[name]}", *given[name]] for name, _, _ in STAGES}
     seconds = _seconds(run_dir)
     for number, (name, command, what) in enumerate(STAGES, start=1):
         print(f"\n[{number}/{len(STAGES) + 1}] {what}", flush=True)
@@ -57,6 +66,31 @@ def run_demo(configs: Path, overrides: Sequence[str] = ()) -> None:
     seconds["evaluation"] = time.perf_counter() - started
     _report(run_dir, result, psnr, seconds)
     _plot(run_dir, Path(vae.run.dir))
+
+
+def _plan(
+    run_dir: Path, vae: VaeExperiment, clip: ClipExperiment, dit: DiffusionExperiment
+) -> dict[str, int]:
+    """Optimizer steps per stage: as many as fit into SECONDS here, at most those of the recipe."""
+    path = run_dir / PLAN
+    if path.exists():
+        return dict(storage.read_json(path))
+    from ldm.training.probe import clip_step_seconds, dit_step_seconds, vae_step_seconds
+
+    print("measuring the speed of this machine ...", flush=True)
+    measured = {
+        "vae": (vae, vae_step_seconds(vae)),
+        "clip": (clip, clip_step_seconds(clip)),
+        "dit": (dit, dit_step_seconds(dit, vae, clip)),
+    }
+    steps = {}
+    for name, (config, seconds) in measured.items():
+        fits = int(SECONDS[name] / seconds)
+        steps[name] = max(20, min(config.train.steps, fits // 10 * 10))
+        print(f"  {name}: {seconds * 1e3:.0f} ms a step, {steps[name]} steps", flush=True)
+    storage.make_directory(run_dir)
+    storage.write_json(path, steps)
+    return steps
 
 
 def _measure(dit: DiffusionExperiment, vae: VaeExperiment) -> tuple[Any, float]:

@@ -223,9 +223,11 @@ def _override(text: str, settings: Settings) -> None:
         parsed = yaml.safe_load(value) if value else ""
     except yaml.YAMLError:
         parsed = value
-    for part in reversed(key.strip().split(".")):
-        parsed = {part: parsed}
-    _merge(settings.values, parsed)
+    *sections, last = key.strip().split(".")
+    nested: dict[str, Any] = {last: parsed}
+    for section in reversed(sections):
+        nested = {section: nested}
+    _merge(settings.values, nested)
     settings.places[key.strip()] = COMMAND_LINE
 
 

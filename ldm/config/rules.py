@@ -18,9 +18,16 @@ from ldm.diffusion.names import ADMISSIBLE
 def conflicts(config: Experiment) -> Iterator[tuple[str, str, str]]:
     """Every rule that spans fields and is broken, as (key, what, fix)."""
     yield from _shared_conflicts(config)
+    if config.train.gradient_checkpointing and not isinstance(config, DiffusionExperiment):
+        yield (
+            "train.gradient_checkpointing",
+            "only denoisers can recompute activations",
+            "train.gradient_checkpointing=false",
+        )
     if isinstance(config, VaeExperiment):
         yield from _vae_conflicts(config.model, "model")
         yield from _size_conflicts(config.data.image_px, config.model.downsample_factor)
+        yield from _crop_conflicts(config)
     if isinstance(config, ClipExperiment):
         if config.model.width % 32:
             yield "model.width", f"{config.model.width} is not a multiple of 32", "use 128"
@@ -120,6 +127,16 @@ def _diffusion_conflicts(config: DiffusionExperiment) -> Iterator[tuple[str, str
             )
         unet_factor = 2 ** (len(model.block_out_channels) - 1)
         yield from _size_conflicts(config.data.image_px, factor * unet_factor)
+
+
+def _crop_conflicts(config: VaeExperiment) -> Iterator[tuple[str, str, str]]:
+    side, factor = config.crop.side_px, config.model.downsample_factor
+    if side is not None and (side % factor or side > config.data.image_px):
+        yield (
+            "crop.side_px",
+            f"{side} is not a multiple of {factor} up to data.image_px={config.data.image_px}",
+            f"crop.side_px={max(factor, config.data.image_px // 2 // factor * factor)}",
+        )
 
 
 def _vae_conflicts(model: VaeModelConfig, key: str) -> Iterator[tuple[str, str, str]]:

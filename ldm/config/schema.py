@@ -166,10 +166,22 @@ class VaeModelConfig(Section):
 class VaeLossConfig(Section):
     """What the VAE minimises: reconstruction + kl_weight * KL, both per pixel value."""
 
-    reconstruction: Literal["l1", "l2"] = "l1"
-    """Distance between picture and reconstruction."""
+    reconstruction: Literal["l1", "l2", "l1+l2"] = "l1"
+    """Distance between picture and reconstruction; the sum keeps small objects from being ignored
+    early and edges sharp late."""
     kl_weight: Annotated[Number, Field(ge=0)] = 1e-6
     """Weight of the KL divergence, summed over the latent and divided by the pixel values."""
+
+
+class DetailCropConfig(Section):
+    """Train on small detailed crops first: convolutions learn as much from them, for less."""
+
+    side_px: Count | None = None
+    """Side of the crops; null trains on whole pictures throughout."""
+    until: Fraction = 0.75
+    """Share of the steps made on crops; the rest sees whole pictures, whose statistics differ."""
+    candidates: Count = 4
+    """Random crops per picture, of which the one with the largest variance is taken."""
 
 
 class VaeRef(Section):
@@ -340,6 +352,8 @@ class ClipModelConfig(Section):
 class Experiment(Section):
     """What all stages share."""
 
+    stage: str
+    """vae, clip or diffusion: which command reads this file."""
     run: RunConfig
     """Run directory and its rhythm."""
     data: DataConfig = DataConfig()
@@ -359,6 +373,8 @@ class VaeExperiment(Experiment):
     """Architecture."""
     loss: VaeLossConfig = VaeLossConfig()
     """Objective."""
+    crop: DetailCropConfig = DetailCropConfig()
+    """Training on detailed crops first."""
     preview: PreviewConfig = PreviewConfig()
     """Reconstruction grids."""
 

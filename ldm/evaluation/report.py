@@ -59,7 +59,7 @@ def adherence_report(
     """
     pipeline = Pipeline.from_pretrained(model, device=device)
     asked = {"cfg_scale": cfg, "steps": steps}
-    settings = {name: value for name, value in asked.items() if value is not None}
+    settings: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     result = measure(pipeline, count=count, split=split, **settings)
     if out is not None:
         storage.make_directory(out)

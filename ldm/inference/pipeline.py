@@ -112,7 +112,7 @@ class Pipeline:
     @property
     def stride(self) -> int:
         """Picture sides must be multiples of this."""
-        config = self.net.config
+        config: Any = self.net.config
         patch = getattr(config, "patch_size", None)
         if patch is None:
             patch = 2 ** (len(config.block_out_channels) - 1)
@@ -190,7 +190,7 @@ class Pipeline:
 
     def defaults(self) -> dict[str, Any]:
         """Sampling settings stored in the checkpoint."""
-        stored = dict(self.contract.sampling)
+        stored: dict[str, Any] = dict(self.contract.sampling)
         stored["interval"] = tuple(stored["interval"])
         return stored
 

@@ -179,7 +179,9 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.proj_in.weight.flatten(1))
         nn.init.zeros_(self.proj_in.bias)  # type: ignore[arg-type]
-        for block in self.transformer_blocks:
+        for block in self.modules():
+            if not isinstance(block, Block):
+                continue
             nn.init.zeros_(block.modulation.weight)  # gates 0: the block is the identity
             nn.init.zeros_(block.attn2.to_out.weight)
         for layer in (self.modulation_out, self.proj_out):

@@ -55,9 +55,11 @@ class Writer(Protocol):
     """What the training loops need of a stage's checkpoints."""
 
     last: Path
-    model: nn.Module
     ema: Ema
     optimizer: torch.optim.Optimizer
+
+    @property
+    def model(self) -> nn.Module: ...
 
     def save(self, progress: Progress) -> None: ...
 
@@ -116,8 +118,13 @@ class VaeWriter:
         optimizer: torch.optim.Optimizer,
         source: Source,
     ) -> None:
-        self.session, self.model, self.ema, self.optimizer = session, vae, ema, optimizer
+        self.session, self.vae, self.ema, self.optimizer = session, vae, ema, optimizer
         self.source, self.last = source, session.run_dir
+
+    @property
+    def model(self) -> AutoencoderKL:
+        """What is trained."""
+        return self.vae
 
     def save(self, progress: Progress) -> None:
         """Publishes the averaged VAE and the resume state of this step."""
@@ -149,9 +156,14 @@ class DiffusionWriter:
         ema: Ema,
         optimizer: torch.optim.Optimizer,
     ) -> None:
-        self.session, self.frozen = session, frozen
-        self.model, self.ema, self.optimizer = net, ema, optimizer
+        self.session, self.frozen, self.net = session, frozen, net
+        self.ema, self.optimizer = ema, optimizer
         self.last = session.run_dir
+
+    @property
+    def model(self) -> nn.Module:
+        """What is trained."""
+        return self.net
 
     @property
     def components(self) -> Path:
@@ -224,7 +236,7 @@ def publish(session: Session, progress: Progress, write: Callable[[Path], None])
     )
 
 
-def denoiser_facts(net: nn.Module) -> tuple[str, dict[str, Any], tuple[str, str]]:
+def denoiser_facts(net: Any) -> tuple[str, dict[str, Any], tuple[str, str]]:
     """Folder, config.json and class of a denoiser in a checkpoint."""
     if isinstance(net, DiT):
         return "transformer", net.config.to_json(), ("ldm", "DiT")
@@ -266,7 +278,7 @@ def make_contract(config: DiffusionExperiment, frozen: Any, null_sha256: str) ->
 
 @torch.no_grad()
 def latent_statistics(
-    vae: nn.Module, source: Source, image_px: int, device: torch.device, batch: int = 64
+    vae: AutoencoderKL, source: Source, image_px: int, device: torch.device, batch: int = 64
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of every latent channel over the first samples of the data.
 

@@ -65,8 +65,8 @@ def train_diffusion(config: DiffusionExperiment) -> Path:
         channels=frozen.vae.config.latent_channels,
         text=frozen.encoder,
         seed=config.train.seed,
+        checkpointing=config.train.gradient_checkpointing,
     ).to(session.device)
-    net.gradient_checkpointing = config.train.gradient_checkpointing
     ema, optimizer = Ema(net, config.train.ema_decay), make_optimizer(net, config.optim)
     writer = DiffusionWriter(session, frozen, net, ema, optimizer)
     with session.opened(), session.stop.listening():

@@ -160,7 +160,7 @@ class Session:
         """The resolved configuration as YAML."""
         return dump(self.config)
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: Any) -> nn.Module:
         """The model wrapped for distribution; alone, the model itself."""
         prepared: nn.Module = self.accelerator.prepare_model(model)
         return prepared
@@ -258,7 +258,8 @@ class Metrics:
 
     def __init__(self, run_dir: Path, *, is_main: bool, tensorboard: bool) -> None:
         self.path, self.run_dir = run_dir / "metrics.jsonl", run_dir
-        self.is_main, self.tensorboard, self.writer = is_main, tensorboard, None
+        self.is_main, self.tensorboard = is_main, tensorboard
+        self.writer: Any = None
 
     def start(self, step: int) -> None:
         """Starts writing after `step`: rows of steps that will be made again are dropped."""

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ldm.build import build_vae, open_data
-from ldm.config.schema import VaeExperiment, VaeLossConfig
+from ldm.config.schema import DetailCropConfig, VaeExperiment, VaeLossConfig
 from ldm.data.loader import Loader
-from ldm.randomness import normal
+from ldm.randomness import generator, normal
 from ldm.training.checkpoints import VaeWriter, resume
 from ldm.training.ema import Ema
 from ldm.training.optim import learning_rate, make_optimizer
@@ -57,9 +57,8 @@ def train_vae(config: VaeExperiment) -> Path:
         workers=config.data.workers,
     )
     # channels_last: convolutions of the whole network run without re-ordering memory
-    vae = build_vae(config.model, config.train.seed).to(
-        session.device, memory_format=torch.channels_last
-    )
+    vae = build_vae(config.model, config.train.seed).to(session.device)
+    vae = vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema, optimizer = Ema(vae, config.train.ema_decay), make_optimizer(vae, config.optim)
     writer = VaeWriter(session, vae, ema, optimizer, source)
     with session.opened(), session.stop.listening():
@@ -75,7 +74,7 @@ def train_vae(config: VaeExperiment) -> Path:
         )
         while progress.step < config.train.steps:
             rate = learning_rate(progress.step, config.train.steps, config.optim)
-            values = accumulate(session, trained, batches, config)
+            values = accumulate(session, trained, batches, config, progress.step)
             norm = session.optimizer_step(trained, optimizer, rate, progress)
             progress.step += 1
             progress.cursor += config.train.batch_size
@@ -99,7 +98,11 @@ def train_vae(config: VaeExperiment) -> Path:
 
 
 def accumulate(
-    session: Session, vae: nn.Module, batches: Iterator[Batch], config: VaeExperiment
+    session: Session,
+    vae: nn.Module,
+    batches: Iterator[Batch],
+    config: VaeExperiment,
+    step: int,
 ) -> dict[str, Tensor | float]:
     """Forward and backward over this rank's micro-batches of one step; returns mean terms."""
     share = config.train.batch_size / session.world_size
@@ -107,8 +110,11 @@ def accumulate(
     for micro in range(config.train.accumulation):
         batch = next(batches)
         assert batch.pixels is not None
-        pixels = batch.pixels.to(session.device, memory_format=torch.channels_last)
-        side = config.data.image_px // config.model.downsample_factor
+        pixels = batch.pixels
+        if config.crop.side_px is not None and step < config.crop.until * config.train.steps:
+            pixels = detail_crops(pixels, config.crop, config.train.seed, batch)
+        pixels = pixels.to(session.device, memory_format=torch.channels_last)
+        side = pixels.shape[-1] // config.model.downsample_factor
         shape = (config.model.latent_channels, side, side)
         noise = normal(shape, config.train.seed, "posterior", batch.epochs, batch.ids)
         last = micro == config.train.accumulation - 1
@@ -123,18 +129,40 @@ def accumulate(
     return sums
 
 
+def detail_crops(pixels: Tensor, config: DetailCropConfig, seed: int, batch: Batch) -> Tensor:
+    """The most detailed of a few random crops of each picture, (B, 3, side_px, side_px).
+
+    Plain backgrounds teach a codec little; a crop with much variance has edges in it. Where crops
+    lie is a function of (seed, epoch, sample id), like every other draw.
+    """
+    side = config.side_px
+    assert side is not None
+    room = pixels.shape[-1] - side + 1
+    crops = []
+    for picture, epoch, name in zip(pixels, batch.epochs, batch.ids, strict=True):
+        places = generator(seed, "detail crop", epoch, name).integers(
+            room, size=(config.candidates, 2)
+        )
+        found = [picture[:, y : y + side, x : x + side] for y, x in places.tolist()]
+        crops.append(max(found, key=lambda crop: float(crop.var(dim=(1, 2)).sum())))
+    return torch.stack(crops)
+
+
 def vae_loss(
     pixels: Tensor, reconstruction: Tensor, moments: Tensor, config: VaeLossConfig
 ) -> dict[str, Tensor]:
     """The terms of the objective, one value per sample (B,); "loss" is what is minimised.
 
     Both terms are per pixel value, so weights do not depend on the picture size:
-    mean |x - x_hat| (or its square) + kl_weight * KL / (number of pixel values).
+    mean |x - x_hat| (its square, or both) + kl_weight * KL / (number of pixel values).
     Source: Rombach et al. 2022 (arXiv 2112.10752), section 3.1 and appendix G.
     """
-    errors = reconstruction - pixels
-    distance = errors.abs() if config.reconstruction == "l1" else errors.square()
-    distance = distance.flatten(1).mean(1)
+    errors = (reconstruction - pixels).flatten(1)
+    distance = pixels.new_zeros(len(pixels))
+    if "l1" in config.reconstruction:
+        distance = distance + errors.abs().mean(1)
+    if "l2" in config.reconstruction:
+        distance = distance + errors.square().mean(1)
     mean, logvar = moments.float().chunk(2, dim=1)
     kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1) / pixels[0].numel()
     return {"loss": distance + config.kl_weight * kl, "reconstruction": distance, "kl": kl}
