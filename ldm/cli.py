@@ -9,6 +9,7 @@ import argparse
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         where = f"{error.filename}: " if error.filename else ""
         print(f"ldm: error: {where}{error.strerror or error}", file=sys.stderr)
+        print("  fix: check the path and the free space there", file=sys.stderr)
         return int(ExitCode.IO)
+    except Exception:  # ours to mend: everything a user can mend is an LdmError
+        traceback.print_exc()
+        print(
+            "ldm: this is a fault of ldm itself; please report it with the text above",
+            file=sys.stderr,
+        )
+        return int(ExitCode.BUG)
     return int(ExitCode.DONE)
 
 
@@ -81,38 +90,41 @@ def _cache(args: argparse.Namespace) -> None:
 
 def _infer(args: argparse.Namespace) -> None:
     prompts = _prompts(args)
-    height, width = _size(args.size) if args.size else (None, None)
+    size = None if args.size is None else _size(args.size)
+    for folder in [args.out, *([str(Path(args.grid).parent)] if args.grid else [])]:
+        _writable(Path(folder))
+    from tqdm.auto import tqdm
+
+    from ldm.inference.images import grid
     from ldm.inference.pipeline import Pipeline
 
     pipeline = Pipeline.from_pretrained(args.model, device=args.device)
-    asked = {
-        "steps": args.steps,
-        "sampler": args.sampler,
-        "cfg_scale": args.cfg,
-        "spacing": args.spacing,
-        "rescale": args.rescale,
-        "eta": args.eta,
-    }
-    from tqdm.auto import tqdm
-
-    with tqdm(total=len(prompts) * args.n, unit="image", disable=None) as bar:
-        pictures = pipeline(
-            prompts,
-            negative=args.negative,
-            n=args.n,
-            seed=args.seed,
-            size=(height, width) if height and width else None,
-            batch_size=args.batch_size,
-            progress=lambda done: bar.update(done - bar.n),
-            **{name: value for name, value in asked.items() if value is not None},
-        )
-    for path in pictures.save(args.out):
-        print(path)
+    names = ("steps", "sampler", "spacing", "rescale", "eta")
+    asked = {name: getattr(args, name) for name in names} | {"cfg_scale": args.cfg}
+    requests = pipeline.requests(
+        prompts,
+        negative=args.negative,
+        n=args.n,
+        seed=args.seed,
+        size=size,
+        **{name: value for name, value in asked.items() if value is not None},
+    )
+    for request in requests:
+        pipeline.check(request)
+    drawn = []
+    step = max(1, args.batch_size)
+    with tqdm(total=len(requests), unit="image", disable=None) as bar:
+        # saved batch by batch: what is interrupted keeps what it has drawn
+        for begin in range(0, len(requests), step):
+            pictures = pipeline.draw(requests[begin : begin + step], batch_size=args.batch_size)
+            for path in pictures.save(args.out):
+                print(path, flush=True)
+            drawn += list(pictures)
+            bar.update(len(pictures))
     if args.grid:
         from ldm.storage import write_file
 
-        sheet = pictures.grid()
-        write_file(Path(args.grid), lambda path: sheet.save(path, format="PNG"))
+        write_file(Path(args.grid), lambda path: grid(drawn).save(path, format="PNG"))
         print(args.grid)
 
 
@@ -120,18 +132,51 @@ def _replay(args: argparse.Namespace) -> None:
     from ldm.inference.images import read_request
 
     request, model, path = read_request(Path(args.picture))
+    _writable(Path(args.out))
     from ldm.inference.pipeline import Pipeline
 
-    pipeline = Pipeline.from_pretrained(args.model or path, device=args.device)
-    if pipeline.identity != model:
-        raise LdmError(
-            "the picture was made by another checkpoint than the one found",
-            where=args.model or path,
-            fix="give the step directory that made it with --model (keep_checkpoints decides how "
-            "many are kept)",
-        )
+    pipeline = Pipeline.from_pretrained(_checkpoint(args.model or path, model), device=args.device)
     for saved in pipeline.draw([request]).save(args.out):
         print(saved)
+
+
+def _checkpoint(path: str, identity: str) -> Path:
+    """The checkpoint with that identity: at `path`, or another step of its run.
+
+    Raises:
+        LdmError: it is not there any more, or has moved.
+    """
+    from ldm.storage import MANIFEST, sha256
+
+    given = Path(path)
+    for folder in [given, *sorted(given.glob("step-*")), *sorted(given.parent.glob("step-*"))]:
+        if (folder / MANIFEST).is_file() and sha256(folder / MANIFEST) == identity:
+            return folder
+    raise LdmError(
+        "the checkpoint that made the picture is not here",
+        where=path,
+        fix="give its run or step directory with --model; run.keep_checkpoints decides how many "
+        "steps a run keeps",
+    )
+
+
+def _writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LdmError(
+            f"cannot create the folder ({error.strerror})",
+            where=str(folder),
+            fix="give another --out",
+            code=ExitCode.IO,
+        ) from None
+    if not os.access(folder, os.W_OK):
+        raise LdmError(
+            "the folder cannot be written",
+            where=str(folder),
+            fix="give another --out",
+            code=ExitCode.IO,
+        )
 
 
 def _adherence(args: argparse.Namespace) -> None:
@@ -240,7 +285,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     adherence.add_argument("--cfg", type=float, help="guidance; default from the checkpoint")
     adherence.add_argument("--steps", type=int, help="solver steps; default from the checkpoint")
-    adherence.add_argument("--out", help="folder for report.json and the contact sheet")
+    adherence.add_argument("--out", help="folder for adherence-SPLIT.json and its contact sheet")
     adherence.add_argument("--device", help="cpu, cuda, ...")
     data = commands.add_parser("data", help="make data sets")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND")

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import resource
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from ldm import __version__, storage
@@ -49,17 +51,20 @@ def run_demo(configs: Path, overrides: Sequence[str] = ()) -> None:
     vae: VaeExperiment = load([files["vae"]], given["vae"], stage="vae")
     clip: ClipExperiment = load([files["clip"]], given["clip"], stage="clip")
     run_dir = Path(dit.run.dir)
+    seconds, started = _seconds(run_dir), time.perf_counter()
     steps = _plan(run_dir, vae, clip, dit)
+    seconds["planning"] = seconds.get("planning", 0.0) + time.perf_counter() - started
     # what the user asks for comes last, and wins
     changes = {name: [f"train.steps={steps[name]}", *given[name]] for name, _, _ in STAGES}
-    seconds = _seconds(run_dir)
     for number, (name, command, what) in enumerate(STAGES, start=1):
         print(f"\n[{number}/{len(STAGES) + 1}] {what}", flush=True)
         started = time.perf_counter()
-        _run(command, "--config", files[name], *changes[name])
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
-        storage.make_directory(run_dir)
-        storage.write_json(run_dir / CLOCK, seconds)
+        try:
+            _run(command, "--config", files[name], *changes[name])
+        finally:
+            seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
+            storage.make_directory(run_dir)
+            storage.write_json(run_dir / CLOCK, seconds)
     print(f"\n[{len(STAGES) + 1}/{len(STAGES) + 1}] drawing and measuring held-out captions")
     started = time.perf_counter()
     result, psnr = _measure(dit, vae)
@@ -73,8 +78,9 @@ def _plan(
 ) -> dict[str, int]:
     """Optimizer steps per stage: as many as fit into SECONDS here, at most those of the recipe."""
     path = run_dir / PLAN
-    if path.exists():
-        return dict(storage.read_json(path))
+    recipes = [config.model_dump(mode="json") for config in (vae, clip, dit)]
+    if path.exists() and (plan := storage.read_json(path))["recipes"] == recipes:
+        return dict(plan["steps"])
     from ldm.training.probe import clip_step_seconds, dit_step_seconds, vae_step_seconds
 
     print("measuring the speed of this machine ...", flush=True)
@@ -89,7 +95,7 @@ def _plan(
         steps[name] = max(20, min(config.train.steps, fits // 10 * 10))
         print(f"  {name}: {seconds * 1e3:.0f} ms a step, {steps[name]} steps", flush=True)
     storage.make_directory(run_dir)
-    storage.write_json(path, steps)
+    storage.write_json(path, {"steps": steps, "recipes": recipes})
     return steps
 
 
@@ -159,15 +165,29 @@ def _plot(run_dir: Path, vae_dir: Path) -> None:
 
 
 def _run(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "ldm.cli", *arguments], check=False)
-    if done.returncode:
-        code = done.returncode if done.returncode > 0 else ExitCode.SIGNALLED
-        known = code if code in set(ExitCode) else ExitCode.BUG
+    """Runs a stage; signals go on to it, so that it saves before it stops."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ldm.cli", *arguments], start_new_session=True
+    )
+    heard: list[int] = []
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+        process.send_signal(number)
+
+    former = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    if code or heard:
+        known = ExitCode(code) if code in set(ExitCode) else ExitCode.BUG
         raise LdmError(
-            f"`ldm {' '.join(arguments[:3])}` ended with exit code {done.returncode}",
+            f"`ldm {' '.join(arguments[:3])}` ended with exit code {code}",
             where="demo",
             fix="see its message above; the same command continues where it stopped",
-            code=ExitCode(known),
+            code=ExitCode.SIGNALLED if heard else known,
         )
 
 

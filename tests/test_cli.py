@@ -77,6 +77,69 @@ def test_too_many_bad_pictures_stop_before_training(tmp_path, capsys):
     assert "3 of 4 pictures" in message
 
 
+@pytest.mark.parametrize("bad", [0, 1, 2, 3])
+def test_a_bad_picture_never_ends_vae_training_wherever_it_lies(tmp_path, bad):
+    folder = pictures(tmp_path / "p")
+    (folder / f"{bad}.png").write_bytes(b"nothing")
+    assert (
+        main(
+            [
+                "train-vae",
+                "--config",
+                str(TINY["vae"]),
+                f"run.dir={tmp_path / 'run'}",
+                *QUICK,
+                "data.source=imagefolder",
+                f"data.path={folder}",
+                "train.batch_size=2",
+                "preview.every_steps=2",
+                "data.holdout=2",
+            ]
+        )
+        == 0
+    )
+    assert (tmp_path / "run/step-00000006/vae").is_dir()
+
+
+def test_too_many_bad_pictures_stop_live_training_too(tmp_path, capsys):
+    folder = pictures(tmp_path / "p")
+    for number in range(3):
+        (folder / f"{number}.png").write_text("<html>not found</html>")
+    code = train(tmp_path, folder, "cache.enabled=false")
+    assert "of 4 pictures" in refusal(capsys, code, ExitCode.BAD_DATA)
+
+
+def test_a_changed_data_set_is_refused_under_resume(tmp_path, capsys):
+    folder = pictures(tmp_path / "p")
+    arguments = [
+        "train-vae",
+        "--config",
+        str(TINY["vae"]),
+        f"run.dir={tmp_path / 'run'}",
+        *QUICK,
+        "data.source=imagefolder",
+        f"data.path={folder}",
+        "train.batch_size=2",
+    ]
+    assert main(arguments) == 0
+    (folder / "0.txt").write_text("another caption")
+    message = refusal(capsys, main([*arguments, "train.steps=8"]), ExitCode.CONFIG)
+    assert "data set has changed" in message
+
+
+def test_a_fault_of_ours_shows_its_traceback_and_code_70(monkeypatch, capsys):
+    import ldm.config.files
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("unforeseen")
+
+    monkeypatch.setattr(ldm.config.files, "load", broken)
+    assert main(["config", "show", str(TINY["dit"])]) == ExitCode.BUG
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert "please report" in error
+
+
 def test_missing_captions_are_listed(tmp_path, capsys):
     folder = pictures(tmp_path / "p")
     (folder / "1.txt").unlink()

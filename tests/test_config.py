@@ -94,6 +94,8 @@ def test_all_mistakes_come_at_once_field_errors_and_rules_alike(tmp_path):
         ("optim.warmup_steps=5000", "more than train.steps"),
         ("sample.interval=[1.0, 0.5]", "empty"),
         ("diffusion.caption_dropout=0", "guidance"),
+        ("data.crop=random", "cannot be random"),
+        ("model.head_dim=33", "not a multiple of 4"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_rule(tmp_path, override, part):

@@ -14,6 +14,7 @@ from ldm.errors import ExitCode, LdmError
 from ldm.inference.images import Request, read_request
 from ldm.storage import read_json
 from ldm.training.diffusion import train_diffusion
+from ldm.training.vae import train_vae
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,7 @@ def test_replay_refuses_another_checkpoint_than_the_one_that_drew(run, unet_run,
     out = tmp_path / "out"
     assert main(["infer", "--model", str(run), "--prompt", "x", "--out", str(out)]) == 0
     assert main(["replay", str(out / "00000.png"), "--model", str(unet_run)]) == ExitCode.USAGE
-    assert "another checkpoint" in capsys.readouterr().err
+    assert "not here" in capsys.readouterr().err
 
 
 def test_a_request_survives_its_metadata(run, tmp_path):
@@ -223,6 +224,40 @@ def test_the_contract_says_what_the_weights_mean(unet_run):
         "diffusers",
         "UNet2DConditionModel",
     ]
+
+
+def test_replay_finds_the_step_that_drew_after_the_run_went_on(tmp_path):
+    config = tiny("dit", tmp_path / "run")
+    train_diffusion(config)
+    out = str(tmp_path / "out")
+    assert main(["infer", "--model", str(tmp_path / "run"), "--prompt", "x", "--out", out]) == 0
+    train_diffusion(tiny("dit", tmp_path / "run", "train.steps=8"))
+    assert main(["replay", f"{out}/00000.png", "--out", out]) == 0
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert main(["replay", f"{out}/00000.png", "--out", out]) == ExitCode.USAGE
+    moved = str(tmp_path / "moved")
+    assert main(["replay", f"{out}/00000.png", "--out", out, "--model", moved]) == 0
+
+
+@pytest.mark.parametrize(
+    ("extra", "part"),
+    [
+        (["--size", "0"], "0 pixels"),
+        (["--batch-size", "0"], "batch of 0"),
+        (["--device", "warp"], "no device 'warp'"),
+        (["--n", "0"], "cannot be drawn"),
+    ],
+)
+def test_odd_arguments_of_infer_are_refused(run, tmp_path, capsys, extra, part):
+    arguments = ["infer", "--model", str(run), "--prompt", "x", "--out", str(tmp_path / "o")]
+    assert main([*arguments, *extra]) == ExitCode.USAGE
+    assert part in capsys.readouterr().err
+
+
+def test_a_vae_run_is_no_model_to_draw_with(tmp_path, capsys):
+    train_vae(tiny("vae", tmp_path / "vae"))
+    assert main(["infer", "--model", str(tmp_path / "vae"), "--prompt", "x"]) == ExitCode.USAGE
+    assert "no denoiser" in capsys.readouterr().err
 
 
 def test_a_directory_that_is_no_run_and_a_damaged_model_are_named(tmp_path, capsys, run):

@@ -75,7 +75,7 @@ def test_statistics_skip_pictures_that_cannot_be_read(tmp_path):
     config = tiny("vae", tmp_path / "run", "data.source=imagefolder", f"data.path={tmp_path}")
     source, _ = open_data(config.data)
     vae = load_vae(VaeRef(), 0)
-    mean, std = latent_statistics(vae, source, 32, torch.device("cpu"))
+    mean, std = latent_statistics(vae, source, config.data, torch.device("cpu"))
     assert len(mean) == len(std) == 4
     assert min(std) > 0
 

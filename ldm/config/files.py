@@ -59,7 +59,7 @@ def load(paths: Sequence[str], overrides: Sequence[str] = (), *, stage: str | No
     for text in overrides:
         _override(text, settings)
     name = settings.values.get("stage")
-    if name not in STAGES:
+    if not isinstance(name, str) or name not in STAGES:
         raise _failure(
             [f"{settings.place('stage')}: stage: got {name!r}; must be one of {', '.join(STAGES)}"]
         )
@@ -93,6 +93,7 @@ MAY_CHANGE = (
     "data.max_bad_fraction",
     "train.steps",
     "train.compile",
+    "train.precision",
     "train.accumulation",
     "train.gradient_checkpointing",
     "train.max_bad_steps",
@@ -105,8 +106,15 @@ MAY_CHANGE = (
 """Keys that a resumed run may change; everything else would make it another experiment."""
 
 
-def refuse_another_experiment(path: Path, config: Experiment) -> None:
+def refuse_another_experiment(
+    path: Path, config: Experiment, may_change: tuple[str, ...] = MAY_CHANGE
+) -> None:
     """Compares a run's stored configuration with the one given now.
+
+    Args:
+        path: the stored configuration.
+        config: the one given now.
+        may_change: keys, or beginnings of keys, that may differ.
 
     Raises:
         LdmError: code CONFIG with every difference that a resume must not have.
@@ -116,7 +124,7 @@ def refuse_another_experiment(path: Path, config: Experiment) -> None:
     changed = [
         f"{key}: {then.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(then.keys() | now.keys())
-        if then.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
+        if then.get(key) != now.get(key) and not key.startswith(may_change)
     ]
     if changed:
         raise LdmError(

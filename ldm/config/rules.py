@@ -29,6 +29,7 @@ def conflicts(config: Experiment) -> Iterator[tuple[str, str, str]]:
         yield from _size_conflicts(config.data.image_px, config.model.downsample_factor)
         yield from _crop_conflicts(config)
     if isinstance(config, ClipExperiment):
+        yield from _clip_conflicts(config)
         if config.model.width % 32:
             yield "model.width", f"{config.model.width} is not a multiple of 32", "use 128"
         yield from _size_conflicts(config.data.image_px, config.model.patch_px)
@@ -70,6 +71,12 @@ def _shared_conflicts(config: Experiment) -> Iterator[tuple[str, str, str]]:
 
 
 def _diffusion_conflicts(config: DiffusionExperiment) -> Iterator[tuple[str, str, str]]:
+    if config.cache.enabled and config.data.crop == "random":
+        yield (
+            "data.crop",
+            "a cache holds one crop of each picture, so crops cannot be random",
+            "cache.enabled=false, or data.crop=center",
+        )
     diffusion, model = config.diffusion, config.model
     legal = ADMISSIBLE[diffusion.process]
     if diffusion.prediction not in legal:
@@ -97,7 +104,13 @@ def _diffusion_conflicts(config: DiffusionExperiment) -> Iterator[tuple[str, str
     if config.vae.path is None:
         yield from _vae_conflicts(config.vae.random, "vae.random")
     if isinstance(model, DitConfig):
-        if model.hidden_size % model.head_dim or model.hidden_size % 4:
+        if model.head_dim % 4:
+            yield (
+                "model.head_dim",
+                f"{model.head_dim} is not a multiple of 4",
+                f"model.head_dim={_multiple(model.head_dim, 4)}",
+            )
+        elif model.hidden_size % model.head_dim:
             yield (
                 "model.hidden_size",
                 (f"{model.hidden_size} is not a multiple of model.head_dim={model.head_dim}"),
@@ -127,6 +140,20 @@ def _diffusion_conflicts(config: DiffusionExperiment) -> Iterator[tuple[str, str
             )
         unet_factor = 2 ** (len(model.block_out_channels) - 1)
         yield from _size_conflicts(config.data.image_px, factor * unet_factor)
+
+
+def _clip_conflicts(config: ClipExperiment) -> Iterator[tuple[str, str, str]]:
+    """`train-clip` has its own schedule and sees whole pictures: other wishes are not ignored."""
+    optim, data = config.optim, config.data
+    for key, value, used in (
+        ("optim.schedule", optim.schedule, "cosine"),
+        ("optim.final_fraction", optim.final_fraction, 0.0),
+        ("data.crop", data.crop, "center"),
+        ("data.flip", data.flip, False),
+        ("train.accumulation", config.train.accumulation, 1),
+    ):
+        if value != used:
+            yield key, f"train-clip cannot do {value!r}", f"{key}={used}"
 
 
 def _crop_conflicts(config: VaeExperiment) -> Iterator[tuple[str, str, str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from ldm.errors import ExitCode, LdmError
 from ldm.types import Example, Source
@@ -23,17 +24,17 @@ class Subset:
     def __getitem__(self, index: int) -> Example:
         return self.source[self.rows[index]]
 
-    @property
+    @cached_property
     def ids(self) -> Sequence[str]:
         """Sample ids of the subset."""
-        return [self.source.ids[row] for row in self.rows]
+        return tuple(self.source.ids[row] for row in self.rows)
 
-    @property
+    @cached_property
     def captions(self) -> Sequence[str]:
         """Captions of the subset."""
-        return [self.source.captions[row] for row in self.rows]
+        return tuple(self.source.captions[row] for row in self.rows)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Changes with the source and with the choice of rows."""
         text = f"{self.source.fingerprint}|{self.rows}"

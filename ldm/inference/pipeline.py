@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ldm import storage
 from ldm.build import load_denoiser, load_vae_directory
 from ldm.checkpoint import Contract, find_checkpoint, load_contract, load_null
+from ldm.checkpoint.contract import CONTRACT
 from ldm.diffusion.core import Diffusion
 from ldm.diffusion.guidance import classifier_free
 from ldm.diffusion.names import named
@@ -88,8 +89,14 @@ class Pipeline:
         Raises:
             LdmError: code IO or USAGE when there is no model at `path`, or it is damaged.
         """
+        device = usable_device(device)
         folder = find_checkpoint(Path(path))
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if not (folder / CONTRACT).is_file():
+            raise LdmError(
+                "this checkpoint has no denoiser to draw with",
+                where=str(folder),
+                fix="give the run directory of train_diffusion.py",
+            )
         contract = load_contract(folder)
         net, _ = load_denoiser(folder)
         vae = load_vae_directory(folder / "vae")
@@ -100,7 +107,7 @@ class Pipeline:
             net.to(device, dtype),
             load_null(folder).to(device),
             contract,
-            str(path),
+            str(folder.resolve()),
             storage.sha256(folder / storage.MANIFEST),
         )
 
@@ -153,6 +160,20 @@ class Pipeline:
         Raises:
             LdmError: for a request that the model cannot serve; says what it can.
         """
+        requests = self.requests(prompt, negative=negative, n=n, seed=seed, size=size, **settings)
+        return self.draw(requests, batch_size=batch_size, progress=progress)
+
+    def requests(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative: str | None = None,
+        n: int = 1,
+        seed: int = 0,
+        size: int | tuple[int, int] | None = None,
+        **settings: Any,
+    ) -> list[Request]:
+        """What `__call__` would draw, one request per picture; arguments as there."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not 1 <= n * len(prompts) <= MAX_PICTURES:
             raise LdmError(
@@ -168,8 +189,8 @@ class Pipeline:
             )
         asked = {**self.defaults(), **settings}
         asked.setdefault("eta", named("sampler", SAMPLERS, asked["sampler"]).eta)
-        height, width = (size, size) if isinstance(size, int) else size or self.trained_size
-        requests = [
+        height, width = self._height_and_width(size)
+        return [
             Request(
                 prompt=text,
                 negative=negative,
@@ -181,7 +202,15 @@ class Pipeline:
             for row, text in enumerate(prompts)
             for k in range(n)
         ]
-        return self.draw(requests, batch_size=batch_size, progress=progress)
+
+    def _height_and_width(self, size: int | tuple[int, int] | None) -> tuple[int, int]:
+        if size is None:
+            return self.trained_size
+        if isinstance(size, int):
+            return size, size
+        if len(size) != 2:
+            raise LdmError(f"{size} is not a size", where="size", fix="use 64 or (64, 128)")
+        return size
 
     @property
     def trained_size(self) -> tuple[int, int]:
@@ -203,6 +232,8 @@ class Pipeline:
         progress: Callable[[int], None] | None = None,
     ) -> Pictures:
         """Draws one picture per request, those with equal settings together."""
+        if batch_size < 1:
+            raise LdmError(f"a batch of {batch_size} is empty", where="batch_size", fix="use 16")
         for request in dict.fromkeys(requests):
             self.check(request)
         images: dict[int, Image.Image] = {}
@@ -304,6 +335,24 @@ class Pipeline:
         dtype = next(self.net.parameters()).dtype
         prediction: Tensor = self.net(x.to(dtype), t, text.to(x.device, dtype))
         return prediction.float()
+
+
+def usable_device(wanted: torch.device | str | None) -> torch.device:
+    """The device to draw on; None is a GPU when there is one.
+
+    Raises:
+        LdmError: code USAGE for a device that does not exist here.
+    """
+    if wanted is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
+        raise LdmError(
+            f"there is no device {str(wanted)!r} here", where="device", fix="use cpu"
+        ) from None
+    return device
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:

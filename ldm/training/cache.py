@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.identity import value_sha256, weights_sha256
 from ldm.models.text import HuggingFaceTextEncoder
 from ldm.randomness import uniform
+from ldm.training.session import refuse_too_many_bad
 from ldm.types import Batch, Source, TextEmbedding
 
 FORMAT = 1
@@ -128,11 +129,13 @@ def build_cache(
     encoder: HuggingFaceTextEncoder,
     *,
     share: tuple[int, int] = (0, 1),
+    stopped: Callable[[], bool] = lambda: False,
 ) -> tuple[Path, Path]:
     """Computes what is missing of the two caches of an experiment and returns their folders.
 
     Args:
         share: (rank, world size); each rank makes every world-size-th shard.
+        stopped: asked before every shard; True ends the build, which continues there later.
 
     Raises:
         LdmError: code BAD_DATA, when more than `data.max_bad_fraction` cannot be read, or when a
@@ -140,6 +143,8 @@ def build_cache(
     """
     moments, text = _folders(config, source, vae, encoder)
     captions = _distinct(source.captions)
+    if stopped():
+        raise _interrupted()
     for folder in (moments, text):
         storage.make_directory(folder)
         storage.clean_leftovers(folder)
@@ -150,6 +155,7 @@ def build_cache(
         size,
         share,
         "text cache",
+        stopped,
         lambda start, stop, out: _encode_text(encoder, captions[start:stop], config, out),
     )
     _build_shards(
@@ -158,6 +164,7 @@ def build_cache(
         size,
         share,
         "latent cache",
+        stopped,
         lambda start, stop, out: _encode_pictures(vae, source, range(start, stop), config, out),
     )
     return moments, text
@@ -189,7 +196,9 @@ def load_cache(config: DiffusionExperiment, source: Source, folders: tuple[Path,
     pictures = [_read(d) for d in _shards(moments_dir, len(source), size)]
     texts = [_read(d) for d in _shards(text_dir, len(captions), size)]
     bad = {name: why for _, facts in pictures for name, why in facts["bad"].items()}
-    refuse_too_many_bad(bad, len(source), config.data.max_bad_fraction)
+    for name, why in bad.items():
+        log.warning("set aside: %s", why if name in why else f"{name}: {why}")
+    refuse_too_many_bad(bad, len(bad), len(source), config.data.max_bad_fraction)
     lengths = torch.cat([tensors["lengths"] for tensors, _ in texts])
     has_pooled = all("pooled" in tensors for tensors, _ in texts)
     return Cache(
@@ -202,21 +211,6 @@ def load_cache(config: DiffusionExperiment, source: Source, folders: tuple[Path,
         lengths=lengths,
         pooled=torch.cat([tensors["pooled"] for tensors, _ in texts]) if has_pooled else None,
     )
-
-
-def refuse_too_many_bad(bad: dict[str, str], total: int, allowed: float) -> None:
-    """Names every sample set aside, and stops when they are too many to go on."""
-    for name, why in bad.items():
-        log.warning("set aside: %s", why if name in why else f"{name}: {why}")
-    if bad and len(bad) > allowed * total:
-        first = "; ".join(list(bad)[:5])
-        raise LdmError(
-            f"{len(bad)} of {total} pictures cannot be used, more than "
-            f"data.max_bad_fraction={allowed}: {first}",
-            where="data",
-            fix="mend or remove these files, or raise data.max_bad_fraction",
-            code=ExitCode.BAD_DATA,
-        )
 
 
 def _folders(
@@ -261,7 +255,13 @@ def _shards(folder: Path, total: int, size: int) -> list[Path]:
 
 
 def _build_shards(
-    folder: Path, total: int, size: int, share: tuple[int, int], label: str, encode: object
+    folder: Path,
+    total: int,
+    size: int,
+    share: tuple[int, int],
+    label: str,
+    stopped: Callable[[], bool],
+    encode: Callable[[int, int, Path], None],
 ) -> None:
     rank, world_size = share
     mine = list(enumerate(_shards(folder, total, size)))[rank::world_size]
@@ -269,10 +269,21 @@ def _build_shards(
     with bar:
         for number, shard in mine:
             start, stop = number * size, min((number + 1) * size, total)
+            if stopped():
+                raise _interrupted()
             if not _is_good(shard):
                 with storage.publish(shard) as out:
-                    encode(start, stop, out)  # type: ignore[operator]
+                    encode(start, stop, out)
             bar.update((stop - start) * world_size)
+
+
+def _interrupted() -> LdmError:
+    return LdmError(
+        "stopped by a signal; the finished shards are kept",
+        where="cache",
+        fix="run the same command again to continue",
+        code=ExitCode.SIGNALLED,
+    )
 
 
 def _is_good(shard: Path) -> bool:

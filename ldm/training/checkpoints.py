@@ -7,7 +7,7 @@ A checkpoint holds the averaged weights in diffusers' layout, which is what one 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,13 +32,14 @@ from ldm.checkpoint import (
     save_state,
     unpack,
 )
-from ldm.config.schema import DiffusionExperiment
+from ldm.config.schema import DataConfig, DiffusionExperiment
 from ldm.data.transforms import Draws, fit
 from ldm.errors import ExitCode, LdmError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.dit import DiT
 from ldm.models.identity import weights_sha256
 from ldm.models.text import HuggingFaceTextEncoder
+from ldm.randomness import permutation
 from ldm.training.ema import Ema
 from ldm.training.session import Progress, Session
 from ldm.types import Source, TextEmbedding
@@ -64,7 +65,7 @@ class Writer(Protocol):
     def save(self, progress: Progress) -> None: ...
 
 
-def resume(session: Session, writer: Writer) -> Progress:
+def resume(session: Session, writer: Writer, fingerprint: str) -> Progress:
     """Restores the newest verified checkpoint of the run, or starts at step 0 if there is none.
 
     Raises:
@@ -73,7 +74,7 @@ def resume(session: Session, writer: Writer) -> Progress:
     """
     if not storage.step_directories(session.run_dir):
         session.metrics.start(0)
-        return Progress(precision=session.precision)
+        return Progress(precision=session.precision, data=fingerprint)
     folder = find_checkpoint(session.run_dir)
     tensors, facts = load_state(folder / "state", STATE_ITEMS)
     load_strict(writer.model, unpack("weights", tensors), str(folder / "state"))
@@ -85,7 +86,15 @@ def resume(session: Session, writer: Writer) -> Progress:
         facts["optimizer"],
     )
     progress = Progress(**facts["progress"])
-    session.precision = progress.precision
+    if progress.data != fingerprint:
+        raise LdmError(
+            "the data set has changed since this run began, so its order would change",
+            where=str(session.run_dir),
+            fix="put the former files and captions back, or use another run.dir",
+            code=ExitCode.CONFIG,
+        )
+    if session.config.train.precision == "auto":
+        session.precision = progress.precision
     session.metrics.start(progress.step)
     writer.last = folder
     if session.is_main:
@@ -132,7 +141,7 @@ class VaeWriter:
         def write(folder: Path) -> None:
             with self.ema.applied(self.model):
                 mean, std = latent_statistics(
-                    self.model, self.source, self.session.config.data.image_px, self.session.device
+                    self.model, self.source, self.session.config.data, self.session.device
                 )
                 config = replace(self.model.config, latents_mean=mean, latents_std=std)
                 save_module(folder / "vae", dict(self.model.state_dict()), config.to_diffusers())
@@ -278,29 +287,22 @@ def make_contract(config: DiffusionExperiment, frozen: Any, null_sha256: str) ->
 
 @torch.no_grad()
 def latent_statistics(
-    vae: AutoencoderKL, source: Source, image_px: int, device: torch.device, batch: int = 64
+    vae: AutoencoderKL, source: Source, data: DataConfig, device: torch.device, batch: int = 64
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of every latent channel over the first samples of the data.
+    """Mean and standard deviation of every latent channel over samples of the data.
 
     The variance is that of posterior samples: of the means, plus the mean posterior variance.
     """
+    rows = permutation(len(source), 0, 0)[:STATISTICS_SAMPLES].tolist()
     count, total, square = 0, torch.zeros(()), torch.zeros(())
-    pictures: list[torch.Tensor] = []
-    rows = range(min(STATISTICS_SAMPLES, len(source)))
-    for row in rows:
-        try:
-            example = source[row]
-            pictures.append(fit(example.pixels, image_px, draws=Draws(0, 0, example.id)))
-        except LdmError as error:
-            if error.code != ExitCode.BAD_DATA:
-                raise
-        if pictures and (len(pictures) == batch or row == rows[-1]):
+    for start in range(0, len(rows), batch):
+        pictures = readable_pictures(source, rows[start : start + batch], data)
+        if pictures:
             moments = vae.moments(torch.stack(pictures).to(device)).double().cpu()
             mean, logvar = moments.chunk(2, dim=1)
             total = total + mean.sum((0, 2, 3))
             square = square + (mean.square() + logvar.exp()).sum((0, 2, 3))
             count += mean[:, 0].numel()
-            pictures = []
     if count == 0:
         raise LdmError(
             "no picture could be read to measure the latents",
@@ -311,3 +313,17 @@ def latent_statistics(
     mean = total / count
     std = (square / count - mean.square()).clamp(min=1e-12).sqrt()
     return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def readable_pictures(source: Source, rows: Iterable[int], data: DataConfig) -> list[torch.Tensor]:
+    """Pictures (3, px, px) in [-1, 1] of those samples that can be read; others are left out."""
+    pictures = []
+    for row in rows:
+        try:
+            example = source[row]
+            draws = Draws(0, 0, example.id)
+            pictures.append(fit(example.pixels, data.image_px, draws=draws, small=data.too_small))
+        except LdmError as error:
+            if error.code != ExitCode.BAD_DATA:
+                raise
+    return pictures

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ldm.errors import ExitCode, LdmError
 from ldm.models.text import HuggingFaceTextEncoder, clip_text_config, train_bpe
-from ldm.randomness import generator, positions
+from ldm.randomness import generator, permutation, positions
 from ldm.types import Source
 
 Progress = Callable[[int, float], None]
@@ -150,7 +150,7 @@ def train_clip(
 
 
 def load_pairs(source: Source, config: ClipTraining) -> Pairs:
-    """Decodes the first `max_pairs` samples once, into one uint8 array.
+    """Decodes at most `max_pairs` samples, drawn from all of them, into one uint8 array.
 
     Raises:
         LdmError: BAD_DATA if fewer than 2 remain once unusable samples are set aside.
@@ -159,7 +159,9 @@ def load_pairs(source: Source, config: ClipTraining) -> Pairs:
 
     size = (config.image_px, config.image_px)
     pictures, captions, set_aside = [], [], []
-    for index in range(min(len(source), config.max_pairs)):
+    # of a larger source not the first ones: folders are often sorted by class
+    rows = permutation(len(source), config.seed, 0)[: config.max_pairs]
+    for index in sorted(rows.tolist()):
         try:
             example = source[index]
         except LdmError as error:

@@ -14,6 +14,7 @@ from ldm.config.files import dump, refuse_another_experiment
 from ldm.config.schema import ClipExperiment
 from ldm.errors import ExitCode, LdmError
 from ldm.training.clip import ClipTraining, train_clip
+from ldm.training.session import refuse_too_many_bad
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def train_clip_run(config: ClipExperiment) -> Path:
     run_dir = Path(config.run.dir)
     if (run_dir / storage.MANIFEST).exists():
         storage.verify(run_dir)
-        refuse_another_experiment(run_dir / "config.yaml", config)
+        refuse_another_experiment(run_dir / "config.yaml", config, may_change=("run.",))
         log.info("%s is complete", run_dir)
         return run_dir
     if run_dir.exists() and any(run_dir.iterdir()):
@@ -50,6 +51,14 @@ def train_clip_run(config: ClipExperiment) -> Path:
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
         encoder, metrics = train_clip(source, settings, progress=progress, device=device)
+    for name in metrics["set_aside"]:
+        log.warning("set aside: %s", name)
+    refuse_too_many_bad(
+        {name: "" for name in metrics["set_aside"]},
+        len(metrics["set_aside"]),
+        len(source),
+        config.data.max_bad_fraction,
+    )
     with storage.publish(run_dir) as folder:
         encoder.save(folder)
         storage.write_json(folder / "metrics.json", metrics)

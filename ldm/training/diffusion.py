@@ -69,41 +69,41 @@ def train_diffusion(config: DiffusionExperiment) -> Path:
     ).to(session.device)
     ema, optimizer = Ema(net, config.train.ema_decay), make_optimizer(net, config.optim)
     writer = DiffusionWriter(session, frozen, net, ema, optimizer)
+    session.samples = len(source)
     with session.opened(), session.stop.listening():
         session.on_main(writer.write_components)
-        progress = resume(session, writer)
+        progress = resume(session, writer, source.fingerprint)
         loader = open_loader(config, source, frozen, session)
-        prompts = preview_prompts(config.preview, heldout)
+        prompts = preview_prompts(config.preview, source, heldout)
         trained = session.prepare(torch.compile(net) if config.train.compile else net)
         batches, meter = loader.batches(progress.cursor), Meter()
-        bar = tqdm(
+        with tqdm(
             total=config.train.steps,
             initial=progress.step,
             unit="step",
             desc=f"diffusion {config.run.dir}",
             disable=not session.is_main,
-        )
-        while progress.step < config.train.steps:
-            rate = learning_rate(progress.step, config.train.steps, config.optim)
-            values = accumulate(session, trained, diffusion, batches, frozen, config)
-            norm = session.optimizer_step(trained, optimizer, rate, progress)
-            progress.step += 1
-            progress.cursor += config.train.batch_size
-            if norm is not None:
-                ema.update(net, progress.step)
-            meter.add({**values, "gradient_norm": norm or 0.0, "learning_rate": rate})
-            bar.update()
-            if session.due(progress.step, config.run.log_every_steps):
-                session.report(progress, meter, loader.bad, bar)
-            if session.due(progress.step, config.preview.every_steps) and session.is_main:
-                with ema.applied(net):
-                    draw_samples(config, frozen, net, prompts, progress.step)
-            stopping = session.stopping()
-            if stopping or session.due(progress.step, config.run.save_every_steps):
-                writer.save(progress)
-            if stopping:
-                raise session.stopped(progress)
-        bar.close()
+        ) as bar:
+            while progress.step < config.train.steps:
+                rate = learning_rate(progress.step, config.train.steps, config.optim)
+                values = accumulate(session, trained, diffusion, batches, frozen, config)
+                norm = session.optimizer_step(trained, optimizer, rate, progress)
+                progress.step += 1
+                progress.cursor += config.train.batch_size
+                if norm is not None:
+                    ema.update(net, progress.step)
+                meter.add({**values, "gradient_norm": norm or 0.0, "learning_rate": rate})
+                bar.update()
+                if session.due(progress.step, config.run.log_every_steps):
+                    session.report(progress, meter, loader.bad, bar, cached=config.cache.enabled)
+                stopping = session.stopping()
+                if stopping or session.due(progress.step, config.run.save_every_steps):
+                    writer.save(progress)
+                if session.due(progress.step, config.preview.every_steps) and session.is_main:
+                    with ema.applied(net):
+                        draw_samples(config, frozen, net, prompts, progress.step)
+                if stopping:
+                    raise session.stopped(progress)
     return writer.last
 
 
@@ -197,7 +197,7 @@ def loss_by_time(losses: Tensor, times: Tensor, bins: int = 4) -> dict[str, Tens
     counts = torch.zeros(bins, device=losses.device).index_add(
         0, slices, torch.ones_like(losses, dtype=torch.float32)
     )
-    means = sums / counts.clamp(min=1)
+    means = sums / counts  # NaN where no sample fell into the slice
     named = {f"loss_t{k / bins:.2f}": means[k] for k in range(bins)}
     return {"loss": losses.float().mean(), **named}
 
@@ -230,7 +230,12 @@ def open_loader(
         )
     share = Share(train.batch_size, session.rank, session.world_size, train.accumulation)
     folders = build_cache(
-        config, source, frozen.vae, frozen.encoder, share=(session.rank, session.world_size)
+        config,
+        source,
+        frozen.vae,
+        frozen.encoder,
+        share=(session.rank, session.world_size),
+        stopped=lambda: session.stop.name is not None,
     )
     session.accelerator.wait_for_everyone()
     cache = load_cache(config, source, folders)

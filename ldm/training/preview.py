@@ -12,17 +12,18 @@ from torch import Tensor, nn
 
 from ldm import storage
 from ldm.config.schema import DiffusionExperiment, PreviewConfig, VaeExperiment
-from ldm.data.transforms import Draws, fit
 from ldm.inference.images import grid
 from ldm.inference.pipeline import Pipeline, to_images
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.training.checkpoints import make_contract
+from ldm.training.checkpoints import make_contract, readable_pictures
 from ldm.types import Source
 
 
-def preview_prompts(config: PreviewConfig, heldout: Source | None) -> tuple[str, ...]:
-    """The prompts of the preview grid: the configured ones, else held-out captions."""
-    given = config.prompts or tuple(heldout.captions[: config.count] if heldout else ("",))
+def preview_prompts(
+    config: PreviewConfig, source: Source, heldout: Source | None
+) -> tuple[str, ...]:
+    """The prompts of the preview grid: the configured ones, else captions (held-out ones)."""
+    given = config.prompts or tuple((heldout or source).captions[: config.count])
     return tuple(given[k % len(given)] for k in range(config.count))
 
 
@@ -49,14 +50,11 @@ def draw_reconstructions(
 ) -> float:
     """Draws pictures above their reconstructions and returns the PSNR in dB over all of them."""
     device = next(vae.parameters()).device
-    rows = range(min(64, len(source)))
-    examples = [source[row] for row in rows]
-    pixels = torch.stack(
-        [fit(e.pixels, config.data.image_px, draws=Draws(0, 0, e.id)) for e in examples]
-    ).to(device)
+    pictures = readable_pictures(source, range(min(64, len(source))), config.data)
+    pixels = torch.stack(pictures).to(device)
     moments = vae.moments(pixels)
     restored = vae.decode_raw(moments.chunk(2, dim=1)[0])
-    count = min(8, len(rows), config.preview.count)
+    count = min(8, len(pictures), config.preview.count)
     pairs = [*to_images(pixels[:count]), *to_images(restored[:count])]
     folder = Path(config.run.dir) / "samples"
     storage.make_directory(folder)

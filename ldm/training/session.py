@@ -42,6 +42,8 @@ class Progress:
     """Samples consumed by all ranks together."""
     skipped: int = 0
     """Steps whose gradient was not finite and which changed no weight."""
+    data: str = ""
+    """Fingerprint of the training data."""
     precision: str = ""
     """What `train.precision` came to where the run began; kept on other machines."""
     skipped_in_a_row: int = 0
@@ -98,7 +100,7 @@ class Session:
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
         self.run_dir = Path(config.run.dir)
-        self.stop, self.bad_named = StopFlag(), 0
+        self.stop, self.bad_named, self.samples = StopFlag(), 0, 0
         self.metrics = Metrics(
             self.run_dir, is_main=self.is_main, tensorboard=config.run.tensorboard
         )
@@ -169,19 +171,35 @@ class Session:
         """Whether something that happens `every` steps happens now; the last step always counts."""
         return every > 0 and (step % every == 0 or step == self.config.train.steps)
 
-    def report(self, progress: Progress, meter: Meter, bad: Mapping[str, str], bar: Any) -> None:
-        """One row of metrics, over all ranks, and the loss on the progress bar."""
+    def report(
+        self,
+        progress: Progress,
+        meter: Meter,
+        bad: Mapping[str, str],
+        bar: Any,
+        *,
+        cached: bool = False,
+    ) -> None:
+        """One row of metrics, over all ranks, and the loss on the progress bar.
+
+        Raises:
+            LdmError: code BAD_DATA when more samples were set aside than may be.
+        """
         values = meter.take(self.config.train.batch_size)
         if self.world_size > 1:
             packed = torch.tensor(list(values.values()), device=self.device)
             means = self.accelerator.reduce(packed, "mean").tolist()
             values = dict(zip(values, means, strict=True))
-        if not self.is_main:
-            return
         for name in list(bad)[self.bad_named :]:
             log.warning("set aside: %s", bad[name] if name in bad[name] else f"{name}: {bad[name]}")
-        self.bad_named = len(bad)
-        values |= {"skipped_steps": progress.skipped, "bad_samples": len(bad)}
+        self.bad_named, count = len(bad), len(bad)
+        if self.world_size > 1 and not cached:
+            total = torch.tensor([float(count)], device=self.device)
+            count = int(self.accelerator.reduce(total, "sum").item())
+        refuse_too_many_bad(bad, count, self.samples, self.config.data.max_bad_fraction)
+        if not self.is_main:
+            return
+        values |= {"skipped_steps": progress.skipped, "bad_samples": count}
         self.metrics.write(progress.step, values)
         bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
 
@@ -240,6 +258,19 @@ class Session:
         return value if finite else None
 
 
+def refuse_too_many_bad(bad: Mapping[str, str], count: int, total: int, allowed: float) -> None:
+    """Stops with code BAD_DATA when `count` of `total` samples is more than the allowed share."""
+    if count > allowed * total:
+        first = "; ".join(list(bad)[:5])
+        raise LdmError(
+            f"{count} of {total} pictures cannot be used, more than "
+            f"data.max_bad_fraction={allowed}: {first}",
+            where="data",
+            fix="mend or remove these files, or raise data.max_bad_fraction",
+            code=ExitCode.BAD_DATA,
+        )
+
+
 def resolve_precision(wanted: str, device: torch.device) -> str:
     """fp32 or bf16: `auto` takes bf16 only where the device multiplies it in hardware.
 
@@ -293,21 +324,28 @@ class Meter:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor | float] = {}
+        self.counts: dict[str, Tensor | float] = {}
         self.steps, self.started = 0, time.perf_counter()
 
     def add(self, values: dict[str, Tensor | float]) -> None:
         """Adds one step's values."""
         self.steps += 1
         for key, value in values.items():
-            value = value.detach() if isinstance(value, Tensor) else value
-            self.sums[key] = self.sums.get(key, 0.0) + value
+            value = torch.as_tensor(value, dtype=torch.float32).detach()
+            known = ~value.isnan()  # NaN stands for "nothing to average in this step"
+            self.sums[key] = self.sums.get(key, 0.0) + value.nan_to_num(nan=0.0)
+            self.counts[key] = self.counts.get(key, 0.0) + known
 
     def take(self, batch_size: int) -> dict[str, float]:
         """The means and the throughput since the last call."""
         elapsed = time.perf_counter() - self.started
-        means = {key: float(value) / self.steps for key, value in self.sums.items()}
+        means = {
+            key: float(value) / max(float(self.counts[key]), 1.0)
+            for key, value in self.sums.items()
+        }
         means["images_per_second"] = self.steps * batch_size / max(elapsed, 1e-9)
-        self.sums, self.steps, self.started = {}, 0, time.perf_counter()
+        self.sums, self.counts, self.steps = {}, {}, 0
+        self.started = time.perf_counter()
         return means
 
 

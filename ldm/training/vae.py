@@ -61,39 +61,41 @@ def train_vae(config: VaeExperiment) -> Path:
     vae = vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema, optimizer = Ema(vae, config.train.ema_decay), make_optimizer(vae, config.optim)
     writer = VaeWriter(session, vae, ema, optimizer, source)
+    session.samples = len(source)
     with session.opened(), session.stop.listening():
-        progress = resume(session, writer)
+        progress = resume(session, writer, source.fingerprint)
         trained = session.prepare(torch.compile(vae) if config.train.compile else vae)
         batches, meter = loader.batches(progress.cursor), Meter()
-        bar = tqdm(
+        with tqdm(
             total=config.train.steps,
             initial=progress.step,
             unit="step",
             desc=f"vae {config.run.dir}",
             disable=not session.is_main,
-        )
-        while progress.step < config.train.steps:
-            rate = learning_rate(progress.step, config.train.steps, config.optim)
-            values = accumulate(session, trained, batches, config, progress.step)
-            norm = session.optimizer_step(trained, optimizer, rate, progress)
-            progress.step += 1
-            progress.cursor += config.train.batch_size
-            if norm is not None:
-                ema.update(vae, progress.step)
-            meter.add({**values, "gradient_norm": norm or 0.0, "learning_rate": rate})
-            bar.update()
-            if session.due(progress.step, config.run.log_every_steps):
-                session.report(progress, meter, loader.bad, bar)
-            if session.due(progress.step, config.preview.every_steps) and session.is_main:
-                with ema.applied(vae):
-                    psnr = draw_reconstructions(config, vae, heldout or source, progress.step)
-                session.metrics.write(progress.step, {"heldout_psnr": psnr})
-            stopping = session.stopping()
-            if stopping or session.due(progress.step, config.run.save_every_steps):
-                writer.save(progress)
-            if stopping:
-                raise session.stopped(progress)
-        bar.close()
+        ) as bar:
+            while progress.step < config.train.steps:
+                rate = learning_rate(progress.step, config.train.steps, config.optim)
+                values = accumulate(session, trained, batches, config, progress.step)
+                norm = session.optimizer_step(trained, optimizer, rate, progress)
+                progress.step += 1
+                progress.cursor += config.train.batch_size
+                if norm is not None:
+                    ema.update(vae, progress.step)
+                meter.add({**values, "gradient_norm": norm or 0.0, "learning_rate": rate})
+                bar.update()
+                if session.due(progress.step, config.run.log_every_steps):
+                    session.report(progress, meter, loader.bad, bar)
+                stopping = session.stopping()
+                if stopping or session.due(progress.step, config.run.save_every_steps):
+                    writer.save(progress)
+                if session.due(progress.step, config.preview.every_steps) and session.is_main:
+                    with ema.applied(vae):
+                        psnr = draw_reconstructions(config, vae, heldout or source, progress.step)
+                    session.metrics.write(
+                        progress.step, {"heldout_psnr" if heldout else "train_psnr": psnr}
+                    )
+                if stopping:
+                    raise session.stopped(progress)
     return writer.last
 
 
