@@ -91,11 +91,12 @@ def _cache(args: argparse.Namespace) -> None:
 def _infer(args: argparse.Namespace) -> None:
     prompts = _prompts(args)
     size = None if args.size is None else _size(args.size)
-    for folder in [args.out, *([str(Path(args.grid).parent)] if args.grid else [])]:
-        _writable(Path(folder))
     from tqdm.auto import tqdm
 
-    from ldm.inference.images import grid
+    from ldm.inference.images import grid, writable_folder
+
+    for folder in [args.out, *([Path(args.grid).parent] if args.grid else [])]:
+        writable_folder(Path(folder))
     from ldm.inference.pipeline import Pipeline
 
     pipeline = Pipeline.from_pretrained(args.model, device=args.device)
@@ -129,10 +130,10 @@ def _infer(args: argparse.Namespace) -> None:
 
 
 def _replay(args: argparse.Namespace) -> None:
-    from ldm.inference.images import read_request
+    from ldm.inference.images import read_request, writable_folder
 
     request, model, path = read_request(Path(args.picture))
-    _writable(Path(args.out))
+    writable_folder(Path(args.out))
     from ldm.inference.pipeline import Pipeline
 
     pipeline = Pipeline.from_pretrained(_checkpoint(args.model or path, model), device=args.device)
@@ -158,25 +159,6 @@ def _checkpoint(path: str, identity: str) -> Path:
         fix="give its run or step directory with --model; run.keep_checkpoints decides how many "
         "steps a run keeps",
     )
-
-
-def _writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise LdmError(
-            f"cannot create the folder ({error.strerror})",
-            where=str(folder),
-            fix="give another --out",
-            code=ExitCode.IO,
-        ) from None
-    if not os.access(folder, os.W_OK):
-        raise LdmError(
-            "the folder cannot be written",
-            where=str(folder),
-            fix="give another --out",
-            code=ExitCode.IO,
-        )
 
 
 def _adherence(args: argparse.Namespace) -> None:

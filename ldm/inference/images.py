@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -117,16 +118,7 @@ class Pictures(Sequence[Image.Image]):
             directory: created when missing.
             start: number of the first file; None takes the next free number.
         """
-        folder = Path(directory)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise LdmError(
-                f"cannot create the folder ({error.strerror})",
-                where=str(folder),
-                fix="give another --out",
-                code=ExitCode.IO,
-            ) from None
+        folder = writable_folder(Path(directory))
         taken = [int(p.stem) for p in folder.glob("*.png") if p.stem.isdigit()]
         number = max(taken, default=-1) + 1 if start is None else start
         paths = []
@@ -148,6 +140,31 @@ class Pictures(Sequence[Image.Image]):
             for i, r in zip(self.images, self.requests, strict=True)
         )
         return f"<div>{cells}</div>"
+
+
+def writable_folder(folder: Path) -> Path:
+    """The folder, made when missing.
+
+    Raises:
+        LdmError: code IO when it cannot be made or written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LdmError(
+            f"cannot create the folder ({error.strerror})",
+            where=str(folder),
+            fix="give another --out",
+            code=ExitCode.IO,
+        ) from None
+    if not os.access(folder, os.W_OK):
+        raise LdmError(
+            "the folder cannot be written",
+            where=str(folder),
+            fix="give another --out",
+            code=ExitCode.IO,
+        )
+    return folder
 
 
 def grid(images: Sequence[Image.Image], columns: int | None = None, gap: int = 2) -> Image.Image:
