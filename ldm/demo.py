@@ -28,7 +28,7 @@ STAGES = (
     ("clip", "train-clip", "CLIP: captions to embeddings"),
     ("dit", "train-diffusion", "DiT: noise to latents that follow a caption"),
 )
-SECONDS = {"vae": 260.0, "clip": 45.0, "dit": 260.0}
+SECONDS = {"vae": 300.0, "clip": 30.0, "dit": 240.0}
 """Training time that each stage is planned for; the rest of twelve minutes is for starting
 processes, the cache, drawing, and machines that are slower later than when they were measured."""
 PLAN = "demo-plan.json"
