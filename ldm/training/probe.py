@@ -60,7 +60,7 @@ def dit_step_seconds(
     count = config.train.batch_size
     side = config.data.image_px // vae.model.downsample_factor
     x, t = torch.randn(count, channels, side, side), torch.rand(count) * 1000
-    words = text(list(captions[:count]))
+    words = text(list(captions))[:count]  # padded to the longest of all, as a cache does
 
     def step() -> None:
         with _autocast(config.train.precision):
