@@ -148,7 +148,8 @@ def test_missing_captions_are_listed(tmp_path, capsys):
 
 def test_an_empty_folder_is_refused(tmp_path, capsys):
     (tmp_path / "p").mkdir()
-    refusal(capsys, train(tmp_path, tmp_path / "p"), ExitCode.BAD_DATA)
+    message = refusal(capsys, train(tmp_path, tmp_path / "p"), ExitCode.BAD_DATA)
+    assert str(tmp_path / "p") in message
 
 
 def test_a_caption_that_is_too_long_says_how_to_cut_it(tmp_path, capsys):

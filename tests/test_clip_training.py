@@ -15,7 +15,6 @@ from ldm.models.text import load_text_encoder
 from ldm.training.clip import (
     ClipTraining,
     contrastive_loss,
-    learning_rate_at,
     load_pairs,
     train_clip,
     word_agreement,
@@ -158,15 +157,6 @@ def test_a_batch_of_one_caption_asks_for_nothing():
     assert encoder(["the same words"]).tokens.isfinite().all()
 
 
-def test_the_learning_rate_is_a_function_of_the_step():
-    config = ClipTraining(steps=100, warmup_steps=10, learning_rate=1.0)
-    assert learning_rate_at(0, config) == pytest.approx(0.1)
-    assert learning_rate_at(9, config) == learning_rate_at(10, config) == pytest.approx(1.0)
-    assert learning_rate_at(55, config) == pytest.approx(0.5)
-    assert 0 < learning_rate_at(99, config) < 1e-3
-    assert learning_rate_at(0, replace(config, warmup_steps=0)) == 1.0
-
-
 def test_bad_samples_are_set_aside_by_name():
     pairs = load_pairs(ListSource(flat_pictures([1, 2, 3, 4]), broken={1, 3}), TINY)
     assert pairs.set_aside == ("p1", "p3")
@@ -208,7 +198,7 @@ def test_impossible_settings_are_reported_together():
 
 def test_a_loss_that_is_not_finite_ends_in_one_sentence():
     with pytest.raises(LdmError, match="loss is nan") as caught:
-        train_clip(open_shapes(60, image_px=32), replace(TINY, learning_rate=math.inf, steps=4))
+        train_clip(open_shapes(60, image_px=32), replace(TINY, learning_rate=1e30, steps=4))
     assert caught.value.code == ExitCode.NUMERICS
 
 

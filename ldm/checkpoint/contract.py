@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -104,11 +103,6 @@ class Contract:
         sizes = tuple((int(height), int(width)) for height, width in value["image_sizes"])
         numbers = {name: tuple(map(float, value[name])) for name in ("latent_mean", "latent_std")}
         return cls(**{**value, **numbers, "image_sizes": sizes})
-
-    def digest(self) -> str:
-        """A hash of the whole contract, for the metadata of pictures."""
-        text = json.dumps(self.to_json(), sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()
 
 
 def save_contract(directory: Path, contract: Contract) -> None:

@@ -97,19 +97,20 @@ class Pipeline:
                 where=str(folder),
                 fix="give the run directory of train_diffusion.py",
             )
-        contract = load_contract(folder)
-        net, _ = load_denoiser(folder)
-        vae = load_vae_directory(folder / "vae")
-        encoder = load_text_encoder(folder, max_tokens=contract.max_tokens)
-        return cls(
-            vae.to(device, dtype),
-            encoder.to(device),
-            net.to(device, dtype),
-            load_null(folder).to(device),
-            contract,
-            str(folder.resolve()),
-            storage.sha256(folder / storage.MANIFEST),
-        )
+        with storage.hold(folder):  # a run that trains on does not delete it meanwhile
+            contract = load_contract(folder)
+            net, _ = load_denoiser(folder)
+            vae = load_vae_directory(folder / "vae")
+            encoder = load_text_encoder(folder, max_tokens=contract.max_tokens)
+            return cls(
+                vae.to(device, dtype),
+                encoder.to(device),
+                net.to(device, dtype),
+                load_null(folder).to(device),
+                contract,
+                str(folder.resolve()),
+                storage.sha256(folder / storage.MANIFEST),
+            )
 
     @property
     def device(self) -> torch.device:

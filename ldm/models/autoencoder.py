@@ -93,12 +93,8 @@ class AutoencoderKL(nn.Module):
         return self.decoder(z if self.post_quant_conv is None else self.post_quant_conv(z))
 
     def kl(self, moments: Tensor) -> Tensor:
-        """KL divergence of the posterior from the standard normal, nats per sample, (B,).
-
-        Source: Kingma & Welling 2014 (arXiv 1312.6114), appendix B.
-        """
-        mean, logvar = moments.chunk(2, dim=1)
-        return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(dim=1)
+        """See `kl_divergence`."""
+        return kl_divergence(moments)
 
     def _shift_and_scale(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
         config = self.config
@@ -110,6 +106,15 @@ class AutoencoderKL(nn.Module):
             for row in (config.latents_mean, config.latents_std)
         )
         return mean, config.scaling_factor / std
+
+
+def kl_divergence(moments: Tensor) -> Tensor:
+    """KL divergence of a posterior (B, 2C, h, w) from the standard normal, nats per sample, (B,).
+
+    Source: Kingma & Welling 2014 (arXiv 1312.6114), appendix B.
+    """
+    mean, logvar = moments.chunk(2, dim=1)
+    return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(dim=1)
 
 
 def check_size(height: int, width: int, factor: int) -> None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ldm.errors import ExitCode, LdmError
+from ldm.models.identity import weights_sha256
 from ldm.models.text_files import KINDS, load_model, load_tokenizer, locate, quiet
 from ldm.types import TextEmbedding
 
@@ -141,7 +142,7 @@ class HuggingFaceTextEncoder(nn.Module):
             "kind": self.kind,
             "width": self.width,
             "config": {name: getattr(config, name) for name in BEHAVIOUR[self.kind]},
-            "weights": _weights_sha256(self.model),
+            "weights": weights_sha256(self.model),
             "tokenizer": _tokenizer_sha256(self.tokenizer, self.prefix, self.suffix),
         }
 
@@ -359,15 +360,6 @@ def _control_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     prefix, suffix = framed[:begin], framed[begin + len(bare) :]
     assert suffix, "CLIP and T5 both end a prompt with a control token"
     return prefix, suffix
-
-
-def _weights_sha256(model: nn.Module) -> str:
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        # transformers dropped this prefix in 5.6; the weights did not change
-        digest.update(f"{name.removeprefix('text_model.')}{list(weight.shape)}".encode())
-        digest.update(weight.detach().float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _tokenizer_sha256(tokenizer: Any, prefix: list[int], suffix: list[int]) -> str:

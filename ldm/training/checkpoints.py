@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ldm import __version__, storage
+from ldm.build import build_diffusion
 from ldm.checkpoint import (
     Contract,
     find_checkpoint,
@@ -32,6 +33,7 @@ from ldm.checkpoint import (
     save_state,
     unpack,
 )
+from ldm.checkpoint.contract import NULL
 from ldm.config.schema import DataConfig, DiffusionExperiment
 from ldm.data.transforms import Draws, fit
 from ldm.errors import ExitCode, LdmError
@@ -254,9 +256,6 @@ def denoiser_facts(net: Any) -> tuple[str, dict[str, Any], tuple[str, str]]:
 
 def make_contract(config: DiffusionExperiment, frozen: Any, null_sha256: str) -> Contract:
     """The contract of a run: what its weights mean and how it is sampled by default."""
-    from ldm.build import build_diffusion
-    from ldm.checkpoint.contract import NULL
-
     vae: AutoencoderKL = frozen.vae
     encoder: HuggingFaceTextEncoder = frozen.encoder
     diffusion, channels = build_diffusion(config.diffusion), vae.config.latent_channels

@@ -18,9 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ldm.config.schema import OptimConfig
 from ldm.errors import ExitCode, LdmError
 from ldm.models.text import HuggingFaceTextEncoder, clip_text_config, train_bpe
 from ldm.randomness import generator, permutation, positions
+from ldm.training.optim import learning_rate, parameter_groups
+from ldm.training.session import resolve_precision
 from ldm.types import Source
 
 Progress = Callable[[int, float], None]
@@ -116,8 +119,8 @@ def train_clip(
             the loss is not finite.
     """
     _check(config)
-    if config.precision == "auto":
-        config = replace(config, precision="bf16" if _multiplies_bf16(device) else "fp32")
+    precision = resolve_precision(config.precision, torch.device(device))
+    config = replace(config, precision=precision)
     started = time.monotonic()
     pairs = load_pairs(source, config)
     shuffled = generator(config.seed, "clip held-out").permutation(len(pairs.captions))
@@ -229,13 +232,6 @@ def word_agreement(cells: Tensor, words: Tensor, mask: Tensor) -> Tensor:
     return best.sum(-1) / mask.sum(-1)
 
 
-def learning_rate_at(step: int, config: ClipTraining) -> float:
-    """Linear warm-up, then a cosine to zero: a function of the optimizer step (from 0)."""
-    warm = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    past = max(0, step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.learning_rate * warm * (1 + math.cos(math.pi * past)) / 2
-
-
 def _fit(
     model: Any,
     pixels: Tensor,
@@ -245,7 +241,9 @@ def _fit(
 ) -> list[tuple[int, float]]:
     ids, mask = tokens
     lengths = mask.sum(1)
-    optimizer = torch.optim.AdamW(_groups(model, config), betas=(0.9, 0.98), fused=True)
+    groups = parameter_groups(model, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+    rates = OptimConfig(learning_rate=config.learning_rate, warmup_steps=config.warmup_steps)
     batch = min(config.batch_size, len(pixels))
     losses = []
     for step in range(config.steps):
@@ -257,7 +255,7 @@ def _fit(
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config)
+            group["lr"] = learning_rate(step, config.steps, rates)
         optimizer.step()
         with torch.no_grad():  # a temperature below 0.01 makes training unstable (section 2.5)
             model.logit_scale.clamp_(0.0, math.log(100.0))
@@ -334,24 +332,6 @@ def _build(tokenizer: Any, config: ClipTraining) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         return CLIPModel(towers)
-
-
-def _groups(model: nn.Module, config: ClipTraining) -> list[dict[str, Any]]:
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    for name, weight in model.named_parameters():
-        matrix = weight.ndim >= 2 and "embedding" not in name
-        (decayed if matrix else others).append(weight)
-    return [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-
-
-def _multiplies_bf16(device: torch.device | str) -> bool:
-    if torch.device(device).type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def _to_float(pixels: Tensor) -> Tensor:

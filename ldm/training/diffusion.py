@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ldm.build import build_denoiser, build_diffusion, load_text, load_vae, open_data
 from ldm.config.schema import DiffusionExperiment
-from ldm.data.loader import Loader, Share
+from ldm.data.loader import Loader
 from ldm.diffusion.core import Diffusion
 from ldm.diffusion.guidance import stack
 from ldm.diffusion.loss import WEIGHTINGS, diffusion_loss
@@ -228,7 +228,6 @@ def open_loader(
             accumulation=train.accumulation,
             workers=config.data.workers,
         )
-    share = Share(train.batch_size, session.rank, session.world_size, train.accumulation)
     folders = build_cache(
         config,
         source,
@@ -239,4 +238,4 @@ def open_loader(
     )
     session.accelerator.wait_for_everyone()
     cache = load_cache(config, source, folders)
-    return CachedLoader(cache, share, seed=train.seed, flip=config.data.flip)
+    return CachedLoader(cache, session.share, seed=train.seed, flip=config.data.flip)

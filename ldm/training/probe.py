@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal
 
 import torch
 
@@ -86,7 +87,7 @@ def clip_step_seconds(config: ClipExperiment) -> float:
     return max(1e-3, (run(4) - run(1)) / 3)
 
 
-def _autocast(precision: str) -> torch.autocast:
+def _autocast(precision: Literal["auto", "fp32", "bf16"]) -> torch.autocast:
     enabled = resolve_precision(precision, torch.device("cpu")) == "bf16"
     return torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled)
 

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from ldm import storage
 from ldm.checkpoint import agree
 from ldm.config.files import dump, refuse_another_experiment
 from ldm.config.schema import Experiment
+from ldm.data.loader import Share
 from ldm.errors import ExitCode, LdmError
 
 log = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class Session:
         asked = int(os.environ.get("WORLD_SIZE", "1"))
         assert self.accelerator.num_processes == asked, "the launcher's ranks do not see each other"
         self.device: torch.device = self.accelerator.device
-        self.precision = resolve_precision(config.train.precision, self.device)
+        self.precision: str = resolve_precision(config.train.precision, self.device)
         self.is_main: bool = self.accelerator.is_main_process
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
@@ -104,16 +105,9 @@ class Session:
         self.metrics = Metrics(
             self.run_dir, is_main=self.is_main, tensorboard=config.run.tensorboard
         )
-        shares = self.world_size * config.train.accumulation
-        if config.train.batch_size % shares:
-            low = config.train.batch_size // shares * shares
-            raise LdmError(
-                f"train.batch_size={config.train.batch_size} cannot be shared by "
-                f"{self.world_size} ranks x {config.train.accumulation} accumulation steps",
-                where="train.batch_size",
-                fix=f"use {low or shares} or {low + shares}",
-                code=ExitCode.CONFIG,
-            )
+        self.share = Share(
+            config.train.batch_size, self.rank, self.world_size, config.train.accumulation
+        )
 
     def autocast(self) -> torch.autocast:
         """The context in which networks run: bf16 products, or plain fp32."""
@@ -271,7 +265,9 @@ def refuse_too_many_bad(bad: Mapping[str, str], count: int, total: int, allowed:
         )
 
 
-def resolve_precision(wanted: str, device: torch.device) -> str:
+def resolve_precision(
+    wanted: Literal["auto", "fp32", "bf16"], device: torch.device
+) -> Literal["fp32", "bf16"]:
     """fp32 or bf16: `auto` takes bf16 only where the device multiplies it in hardware.
 
     On a CPU without such instructions bf16 is emulated, ten times slower than fp32.
@@ -280,8 +276,8 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
         return wanted
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    has_bf16 = device.type == "cpu" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return "bf16" if has_bf16 else "fp32"
+    in_hardware = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if device.type == "cpu" and in_hardware else "fp32"
 
 
 class Metrics:

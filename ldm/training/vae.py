@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from ldm.build import build_vae, open_data
 from ldm.config.schema import DetailCropConfig, VaeExperiment, VaeLossConfig
 from ldm.data.loader import Loader
+from ldm.models.autoencoder import kl_divergence
 from ldm.randomness import generator, normal
 from ldm.training.checkpoints import VaeWriter, resume
 from ldm.training.ema import Ema
@@ -165,6 +166,5 @@ def vae_loss(
         distance = distance + errors.abs().mean(1)
     if "l2" in config.reconstruction:
         distance = distance + errors.square().mean(1)
-    mean, logvar = moments.float().chunk(2, dim=1)
-    kl = 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1) / pixels[0].numel()
+    kl = kl_divergence(moments.float()) / pixels[0].numel()
     return {"loss": distance + config.kl_weight * kl, "reconstruction": distance, "kl": kl}
