@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from ldm.errors import LdmError
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from ldm.models.layers import attend
+from ldm.models.layers import SHORT, attend
 
 CONFIGS = {
     "one level": AutoencoderConfig(block_out_channels=(16,), layers_per_block=1, norm_num_groups=4),
@@ -272,6 +272,24 @@ def test_the_configuration_is_checked_without_loading_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("length", [SHORT, SHORT + 1])
+@pytest.mark.parametrize("masked", [False, True])
+def test_bf16_attention_is_the_softmax_formula_on_both_sides_of_the_length_limit(
+    length: int, masked: bool
+) -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 2, length, 16, dtype=torch.float64) for _ in range(3))
+    mask = torch.rand(2, length) < 0.7 if masked else None
+    logits = q @ k.mT / 4
+    if mask is not None:
+        logits = logits.masked_fill(~mask[:, None, None], float("-inf"))
+    expected = logits.softmax(-1) @ v
+    half = [x.bfloat16().requires_grad_() for x in (q, k, v)]
+    out = attend(*half, mask)
+    assert out.dtype == torch.bfloat16
+    assert_close(out.double(), expected, atol=0.02, rtol=0.02)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -90,6 +90,15 @@ def position_embedding(height: int, width: int, dim: int) -> Tensor:
     return torch.cat([rows, columns], dim=-1).reshape(height * width, dim).float()
 
 
+class RMSNorm(nn.RMSNorm):
+    """In the dtype of its input: torch's own leaves its fused path when autocast gives bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        assert self.weight is not None
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
     """Multi-head attention from x (B, N, D) to a context (B, L, D), or to x itself."""
 
@@ -102,8 +111,8 @@ class Attention(nn.Module):
         else:
             self.to_qkv = nn.Linear(width, 3 * width)
         self.to_out = nn.Linear(width, width)
-        self.norm_q = nn.RMSNorm(self.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
-        self.norm_k = nn.RMSNorm(self.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.norm_q = RMSNorm(self.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(self.head_dim, eps=1e-6) if config.qk_norm else nn.Identity()
 
     def heads(self, x: Tensor) -> Tensor:
         """(B, N, D) to (B, heads, N, head_dim)."""
@@ -119,7 +128,7 @@ class Attention(nn.Module):
         else:
             q, k, v = self.to_qkv(x).chunk(3, dim=-1)
         q, k, v = self.norm_q(self.heads(q)), self.norm_k(self.heads(k)), self.heads(v)
-        out = attend(q.to(v.dtype), k.to(v.dtype), v, mask)  # (B, heads, N, head_dim)
+        out = attend(q, k, v, mask)  # (B, heads, N, head_dim)
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 
