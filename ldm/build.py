@@ -128,6 +128,7 @@ def build_denoiser(
             mlp_ratio=config.mlp_ratio,
             text_dim=text.width,
             pooled_dim=text.pooled_width if config.pooled else None,
+            local_conv=config.local_conv,
         )
         transformer = seeded(lambda: DiT(dit), seed)
         transformer.gradient_checkpointing = checkpointing

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ldm.errors import LdmError
-from ldm.models.dit import Block, DiT, DiTConfig, position_embedding
+from ldm.models.dit import Block, DiT, DiTConfig, LocalConv, position_embedding
 from ldm.types import TextEmbedding
 
 
@@ -37,19 +37,32 @@ def shaken(model, size=0.2):
     return model
 
 
-def test_a_block_is_the_identity_at_initialisation():
-    net = DiT(config())
+@pytest.mark.parametrize("local_conv", [False, True])
+def test_a_block_is_the_identity_at_initialisation(local_conv):
+    net = DiT(config(local_conv=local_conv))
     x, words = torch.randn(2, 9, 64), text()
     for block in net.transformer_blocks:
-        out = block(x, torch.randn(2, 64), torch.randn(2, 5, 64), words.mask)
+        out = block(x, torch.randn(2, 64), torch.randn(2, 5, 64), words.mask, 3)
         assert out.equal(x)
     assert not shaken(Block(config()))(
-        x, torch.randn(2, 64), torch.randn(2, 5, 64), words.mask
+        x, torch.randn(2, 64), torch.randn(2, 5, 64), words.mask, 3
     ).equal(x)
 
 
+def test_the_local_convolution_reaches_the_neighbours_on_the_grid_and_no_others():
+    rows, columns = 4, 6
+    conv = shaken(LocalConv(config()))
+    tokens = torch.zeros(1, rows * columns, 64)
+    before = conv.on_grid(tokens, rows)
+    tokens[0, 2 * columns + 1] = 1.0  # row 2, column 1
+    moved = (conv.on_grid(tokens, rows) - before).abs().sum(-1).reshape(rows, columns) > 1e-6
+    expected = torch.zeros(rows, columns, dtype=torch.bool)
+    expected[1:4, 0:3] = True
+    assert moved.equal(expected)
+
+
 def test_the_first_prediction_is_zero_and_every_parameter_can_learn():
-    net = DiT(config(pooled_dim=8))
+    net = DiT(config(pooled_dim=8, local_conv=True))
     words = text(pooled=torch.randn(2, 8))
     out = net(torch.randn(2, 4, 8, 6), torch.tensor([1.0, 900.0]), words)
     assert out.shape == (2, 4, 8, 6)
@@ -113,7 +126,7 @@ def test_time_and_text_change_the_prediction():
 
 def test_recomputing_activations_gives_the_same_gradients():
     x, t, words = torch.randn(2, 4, 8, 8), torch.tensor([5.0, 700.0]), text()
-    net = shaken(DiT(config()))
+    net = shaken(DiT(config(local_conv=True)))
     gradients = []
     for checkpointing in (False, True):
         net.gradient_checkpointing = checkpointing
@@ -125,7 +138,7 @@ def test_recomputing_activations_gives_the_same_gradients():
 
 
 def test_a_configuration_survives_its_file():
-    value = config(pooled_dim=8, qk_norm=False)
+    value = config(pooled_dim=8, qk_norm=False, local_conv=True)
     assert DiTConfig.from_json(value.to_json()) == value
 
 

@@ -223,6 +223,8 @@ class DitConfig(Section):
     """Width of one attention head."""
     mlp_ratio: Positive = 4.0
     """Feed-forward width over hidden_size."""
+    local_conv: bool = False
+    """A 3x3 convolution over the tokens in each block: small models learn much faster with it."""
     pooled: bool = True
     """Add the pooled text vector to the time embedding where the encoder has one."""
 

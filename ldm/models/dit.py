@@ -41,6 +41,9 @@ class DiTConfig:
     """Width of the text encoder's token states."""
     pooled_dim: int | None = None
     """Width of the pooled text vector added to the time embedding; None ignores it."""
+    local_conv: bool = False
+    """A 3x3 convolution over the token grid before each block (groups of `head_dim` channels):
+    neighbours need not find each other by attention, which small models learn much faster."""
     qk_norm: bool = True
     """RMS-normalise queries and keys, which keeps attention logits bounded at high rates."""
 
@@ -132,16 +135,34 @@ class Attention(nn.Module):
         return self.to_out(out.transpose(1, 2).flatten(2))
 
 
-class Block(nn.Module):
-    """Self-attention, cross-attention, feed-forward; the identity at initialisation.
+class LocalConv(nn.Conv2d):
+    """A 3x3 convolution over the token grid, for tokens (B, N, D) in row-major order.
 
-    Self-attention and feed-forward are gated by adaLN-zero; cross-attention, which time does not
-    modulate, starts from a zero output projection.
+    Source: the convolutional position encoding of Chu et al. 2021 (arXiv 2102.10882), with groups
+    of channels in place of single ones.
+    """
+
+    def __init__(self, config: DiTConfig) -> None:
+        width = config.hidden_size
+        super().__init__(width, width, 3, padding=1, groups=width // config.head_dim)
+
+    def on_grid(self, tokens: Tensor, rows: int) -> Tensor:
+        """(B, rows * columns, D) -> the same shape."""
+        pixels = tokens.unflatten(1, (rows, -1)).permute(0, 3, 1, 2)  # (B, D, rows, columns)
+        return self(pixels).permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class Block(nn.Module):
+    """Convolution if asked for, self-attention, cross-attention, feed-forward; starts as identity.
+
+    Self-attention and feed-forward are gated by adaLN-zero; the convolution and cross-attention,
+    which time does not modulate, start from zero kernels and a zero output projection.
     """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
         width, inner = config.hidden_size, int(config.hidden_size * config.mlp_ratio)
+        self.local = LocalConv(config) if config.local_conv else None
         self.norm1 = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.attn1 = Attention(config, cross=False)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
@@ -151,8 +172,15 @@ class Block(nn.Module):
         self.ff = nn.Sequential(nn.Linear(width, inner), nn.GELU(), nn.Linear(inner, width))
         self.modulation = nn.Linear(width, 6 * width)
 
-    def forward(self, x: Tensor, condition: Tensor, text: Tensor, mask: Tensor) -> Tensor:
-        """x (B, N, D), condition (B, D), text (B, L, D), mask (B, L) -> (B, N, D)."""
+    def forward(
+        self, x: Tensor, condition: Tensor, text: Tensor, mask: Tensor, rows: int
+    ) -> Tensor:
+        """x (B, N, D), condition (B, D), text (B, L, D), mask (B, L) -> (B, N, D).
+
+        `rows` of the token grid: what a local convolution needs to know.
+        """
+        if self.local is not None:
+            x = x + self.local.on_grid(x, rows)
         shift1, scale1, gate1, shift3, scale3, gate3 = (
             self.modulation(condition)[:, None].to(x.dtype).chunk(6, dim=-1)
         )
@@ -193,6 +221,9 @@ class DiT(nn.Module):
                 continue
             nn.init.zeros_(block.modulation.weight)  # gates 0: the block is the identity
             nn.init.zeros_(block.attn2.to_out.weight)
+            if block.local is not None:
+                nn.init.zeros_(block.local.weight)
+                nn.init.zeros_(block.local.bias)  # type: ignore[arg-type]
         for layer in (self.modulation_out, self.proj_out):
             nn.init.zeros_(layer.weight)  # the first prediction is 0, not noise
 
@@ -227,10 +258,10 @@ class DiT(nn.Module):
         for block in self.transformer_blocks:
             if self.gradient_checkpointing and self.training:
                 tokens = torch.utils.checkpoint.checkpoint(  # type: ignore[attr-defined]
-                    block, tokens, condition, context, text.mask, use_reentrant=False
+                    block, tokens, condition, context, text.mask, rows, use_reentrant=False
                 )
             else:
-                tokens = block(tokens, condition, context, text.mask)
+                tokens = block(tokens, condition, context, text.mask, rows)
         shift, scale = self.modulation_out(condition)[:, None].to(tokens.dtype).chunk(2, dim=-1)
         out = self.proj_out(torch.addcmul(shift, self.norm_out(tokens), 1 + scale))
         out = out.unflatten(1, (rows, columns)).unflatten(-1, (-1, patch, patch))
