@@ -15,7 +15,9 @@ from ldm.models.text import load_text_encoder
 from ldm.training.clip import (
     ClipTraining,
     contrastive_loss,
+    listing_loss,
     load_pairs,
+    recall_loss,
     train_clip,
     word_agreement,
 )
@@ -31,6 +33,7 @@ TINY = ClipTraining(
     vision_layers=1,
     image_px=32,
     log_every_steps=1,
+    recall_steps=10,
     precision="fp32",
 )
 
@@ -70,7 +73,10 @@ def trained():
 
 def test_ten_steps_lower_the_loss(trained):
     losses = [loss for _, loss in trained[1]["losses"]]
-    assert np.mean(losses[-3:]) < math.log(24) - 0.25  # log(24) is chance among 24 captions
+    chance = math.log(24) + 2 * math.log(
+        trained[1]["vocabulary"]
+    )  # among captions, and among words
+    assert np.mean(losses[-3:]) < chance - 0.25
     assert np.mean(losses[-3:]) < losses[0] - 0.5
 
 
@@ -149,10 +155,46 @@ def test_agreement_by_word_is_the_mean_of_the_best_cosines():
     torch.testing.assert_close(word_agreement(cells, words, mask), expected, atol=1e-6, rtol=0)
 
 
+def test_recall_is_the_cross_entropy_of_a_word_and_of_those_before_it():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 4, 3, 7, generator=generator)
+    ids = torch.randint(7, (2, 4), generator=generator)
+    mask = torch.arange(4)[None] < torch.tensor([4, 2])[:, None]
+    terms = [
+        logits[row, place, back].logsumexp(0) - logits[row, place, back, ids[row, place - back]]
+        for row, length in ((0, 4), (1, 2))
+        for place in range(length)
+        for back in range(min(3, place + 1))
+    ]
+    expected = torch.stack(terms).mean()
+    torch.testing.assert_close(recall_loss(logits, ids, mask), expected, atol=1e-6, rtol=0)
+
+
+def test_a_list_of_words_is_right_when_it_has_their_shares():
+    ids = torch.tensor([[1, 2, 2, 4], [3, 0, 0, 0]])
+    mask = torch.arange(4)[None] < torch.tensor([4, 1])[:, None]
+    right = torch.tensor([[0, 0.25, 0.5, 0, 0.25], [0, 0, 0, 1, 0]]).clamp(min=1e-9).log()
+    assert listing_loss(right, ids, mask) == pytest.approx(0.0, abs=1e-6)
+    flat = torch.zeros(2, 5)
+    expected = (0.5 * math.log(0.25) + 0.5 * math.log(0.5) + 2 * math.log(5)) / 2
+    assert listing_loss(flat, ids, mask) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("word", "other"),
+    [("circle", "square"), ("left", "right"), ("red", "green"), ("large", "small")],
+)
+def test_every_kind_of_word_is_told_apart_by_its_state(trained, word, other):
+    caption = "a large red circle left of a small blue star on a white background"
+    one, two = (trained[0]([text]) for text in (caption, caption.replace(word, other)))
+    changed = (one.tokens - two.tokens).square().mean(-1) / one.tokens.var(-1)
+    assert changed.max() > 0.2
+
+
 def test_a_batch_of_one_caption_asks_for_nothing():
     pixels = flat_pictures(range(0, 240, 20))
     source = ListSource([Example(e.id, e.pixels, "the same words") for e in pixels])
-    encoder, metrics = train_clip(source, replace(TINY, steps=2))
+    encoder, metrics = train_clip(source, replace(TINY, steps=2, recall_weight=0.0))
     assert metrics["loss"] == pytest.approx(0.0, abs=1e-6)
     assert encoder(["the same words"]).tokens.isfinite().all()
 

@@ -26,6 +26,15 @@ from ldm.training.optim import learning_rate, parameter_groups
 from ldm.training.session import resolve_precision
 from ldm.types import Source
 
+RECALLED = 4
+"""Tokens that the state of a token must tell: its own and those before it."""
+
+WORD_BATCH = 64
+"""Captions per step of `_learn_words`."""
+WORD_STD = 0.5
+"""Standard deviation of fresh word embeddings. At CLIP's own 0.02 a minute of training moves only
+the words that contrast needs at once, and the others stay nearly equal."""
+
 Progress = Callable[[int, float], None]
 """Called with (steps done, loss) every `log_every_steps` steps and after the last one."""
 
@@ -48,6 +57,10 @@ class ClipTraining:
     """Global gradient norm above which gradients are scaled down."""
     word_weight: float = 1.0
     """Weight of the word by word contrast (see `word_agreement`) beside the pooled one."""
+    recall_weight: float = 1.0
+    """Weight of telling a word and the ones before it from its state (see `recall_loss`)."""
+    recall_steps: int = 200
+    """Steps on captions alone before the contrast starts; each takes a fifth of the time."""
     width: int = 128
     """Width of both towers: the D that a denoiser sees. A multiple of 32."""
     layers: int = 2
@@ -133,6 +146,7 @@ def train_clip(
     encoder = HuggingFaceTextEncoder(model.text_model, tokenizer, too_long="truncate")
     ids, mask = encoder.tokenize(train.captions)
     model.requires_grad_(True).to(device)  # the encoder froze the tower they share
+    _learn_words(model, ids.to(device), mask.to(device), config)
     losses = _fit(
         model, train.pixels.to(device), (ids.to(device), mask.to(device)), config, progress
     )
@@ -232,6 +246,84 @@ def word_agreement(cells: Tensor, words: Tensor, mask: Tensor) -> Tensor:
     return best.sum(-1) / mask.sum(-1)
 
 
+def recall_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Cross-entropy of telling, from the state of each token, that token and the ones before it.
+
+    Contrast keeps only what tells the pictures of a batch apart: colour and background do, so after
+    a short training the states of "circle" and "square" are nearly equal, and a denoiser cannot
+    draw what it cannot read. Recalling a few tokens keeps every word, bound to its adjectives.
+
+    Source: as the captioning term of Yu et al. 2022 (CoCa, arXiv 2205.01917), looking backwards.
+
+    Args:
+        logits: (B, L, K, V); entry k of position i is a guess of token i - k.
+        ids: (B, L) token ids.
+        mask: (B, L) bool, True for tokens that count.
+
+    Returns:
+        A scalar: the mean over all guesses that exist.
+    """
+    guesses = []
+    for back in range(logits.shape[2]):
+        length = logits.shape[1] - back
+        known = mask[:, back:]  # a real token has only real ones before it
+        guesses.append((logits[:, back:, back][known], ids[:, :length][known]))
+    return nn.functional.cross_entropy(
+        torch.cat([guess for guess, _ in guesses]), torch.cat([truth for _, truth in guesses])
+    )
+
+
+def listing_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+    """Divergence between a guess of which tokens a caption has and those it has.
+
+    The pooled vector modulates a denoiser's every layer, so it should list all words as well.
+
+    Args:
+        logits: (B, V) from the pooled states.
+        ids: (B, L) token ids.
+        mask: (B, L) bool, True for tokens that count.
+
+    Returns:
+        A scalar, the mean Kullback-Leibler divergence; 0 when every list is right.
+    """
+    counts = torch.zeros_like(logits).scatter_add(1, ids, mask.to(logits))
+    share = counts / counts.sum(1, keepdim=True)
+    guess = logits.log_softmax(1)
+    return nn.functional.kl_div(guess, share, reduction="batchmean")
+
+
+def _learn_words(model: Any, ids: Tensor, mask: Tensor, config: ClipTraining) -> None:
+    """Trains the text tower to recall, at twice the rate: no picture has to be looked at."""
+    rate = 2 * config.learning_rate
+    rates = OptimConfig(learning_rate=rate, warmup_steps=config.warmup_steps)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config.weight_decay), fused=True)
+    batch = min(WORD_BATCH, len(ids))
+    for step in range(config.recall_steps):
+        picked = positions(step * batch, batch, len(ids), config.seed)
+        rows = torch.tensor([index for _, index in picked])
+        longest = int(mask[rows].sum(1).max())
+        with torch.autocast(ids.device.type, torch.bfloat16, config.precision == "bf16"):
+            read = model.text_model(ids[rows, :longest])
+            recalled = _recalled(model, read.last_hidden_state)
+            listed = model.listed(read.pooler_output)
+        words, real = ids[rows, :longest], mask[rows, :longest]
+        loss = recall_loss(recalled.float(), words, real) + listing_loss(
+            listed.float(), words, real
+        )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, config.recall_steps, rates)
+        optimizer.step()
+    model.zero_grad(set_to_none=True)
+
+
+def _recalled(model: Any, states: Tensor) -> Tensor:
+    """States (B, L, D) to guesses (B, L, RECALLED, V)."""
+    return model.recall(states).unflatten(-1, (RECALLED, -1))
+
+
 def _fit(
     model: Any,
     pixels: Tensor,
@@ -275,12 +367,16 @@ def _loss(model: Any, pixels: Tensor, ids: Tensor, mask: Tensor, config: ClipTra
         text = model.text_projection(read.pooler_output)
         cells = model.visual_projection(_cells(seen.last_hidden_state[:, 1:]))
         words = model.text_projection(read.last_hidden_state[:, 1:])  # without the start token
+        recalled = _recalled(model, read.last_hidden_state)
+        listed = model.listed(read.pooler_output)
     scale = model.logit_scale.exp()
     same = (ids[:, None] == ids[None]).all(-1)
     whole = contrastive_loss(scale * _cosine(image.float(), text.float()), same)
     by_word = word_agreement(cells.float(), words.float(), mask[:, 1:])
     weight = config.word_weight
-    return (whole + weight * contrastive_loss(scale * by_word, same)) / (1 + weight)
+    contrast = (whole + weight * contrastive_loss(scale * by_word, same)) / (1 + weight)
+    words_kept = recall_loss(recalled.float(), ids, mask) + listing_loss(listed.float(), ids, mask)
+    return contrast + config.recall_weight * words_kept
 
 
 def _cells(patches: Tensor) -> Tensor:
@@ -331,7 +427,13 @@ def _build(tokenizer: Any, config: ClipTraining) -> Any:
     )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
-        return CLIPModel(towers)
+        model = CLIPModel(towers)
+        model.recall = nn.Linear(config.width, RECALLED * len(tokenizer))
+        model.listed = nn.Linear(config.width, len(tokenizer))  # both are dropped after training
+        embeddings = model.text_model.embeddings
+        nn.init.normal_(embeddings.token_embedding.weight, std=WORD_STD)
+        nn.init.normal_(embeddings.position_embedding.weight, std=WORD_STD / 2)
+        return model
 
 
 def _to_float(pixels: Tensor) -> Tensor:

@@ -76,7 +76,7 @@ def dit_step_seconds(
 def clip_step_seconds(config: ClipExperiment) -> float:
     """Seconds of one contrastive step: the difference between a longer and a shorter run."""
     source = open_shapes(4 * config.train.batch_size, image_px=config.data.image_px)
-    settings = replace(settings_of(config), held_out_pairs=0, warmup_steps=0)
+    settings = replace(settings_of(config), held_out_pairs=0, warmup_steps=0, recall_steps=0)
 
     def run(steps: int) -> float:
         started = time.perf_counter()
