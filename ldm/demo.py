@@ -29,9 +29,9 @@ STAGES = (
     ("clip", "train-clip", "CLIP: captions to embeddings"),
     ("dit", "train-diffusion", "DiT: noise to latents that follow a caption"),
 )
-SECONDS = {"vae": 230.0, "clip": 20.0, "dit": 345.0}
-"""Training time that each stage is planned for; the rest of twelve minutes is for starting
-processes, the cache, drawing, and machines that are slower later than when they were measured."""
+SECONDS = {"vae": 190.0, "clip": 15.0, "dit": 280.0}
+"""Seconds of optimizer steps that each stage is planned for. The rest of twelve minutes is for what
+lies around them: reading, logging and previews (a third), the cache, starting, drawing."""
 PLAN = "demo-plan.json"
 BUSY = 0.7
 """Cores in use before the demo has done anything, above which it says so."""

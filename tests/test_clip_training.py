@@ -12,13 +12,11 @@ from torch import nn
 from ldm.data.shapes import open_shapes
 from ldm.errors import ExitCode, LdmError
 from ldm.models.text import load_text_encoder
-from ldm.training.clip import (
-    ClipTraining,
+from ldm.training.clip import ClipTraining, load_pairs, train_clip
+from ldm.training.clip_loss import (
     contrastive_loss,
     listing_loss,
-    load_pairs,
     recall_loss,
-    train_clip,
     word_agreement,
 )
 from ldm.types import Example
