@@ -186,6 +186,7 @@ def test_every_kind_of_word_is_told_apart_by_its_state(trained, word, other):
     caption = "a large red circle left of a small blue star on a white background"
     one, two = (trained[0]([text]) for text in (caption, caption.replace(word, other)))
     changed = (one.tokens - two.tokens).square().mean(-1) / one.tokens.var(-1)
+    # of states of variance 1; with CLIP's own initialisation and no recall: 0.05 to 0.26
     assert changed.max() > 0.2
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 SHORT = 256
 """Up to this many queries and keys, bf16 attention on a CPU is spelled out: the backward pass of
-the fused kernel takes two to six times as long there (Zen 5, torch 2.13). fp32 always fuses."""
+the fused kernel takes 1.5 to 6 times as long there (Zen 5, torch 2.13). fp32 always fuses."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -66,7 +66,7 @@ class ClipTraining:
     recall_weight: float = 1.0
     """Weight of telling a word and the ones before it from its state (see `recall_loss`)."""
     recall_steps: int = 200
-    """Steps on captions alone before the contrast starts; each takes a fifth of the time."""
+    """Steps on captions alone before the contrast starts; they look at no picture."""
     width: int = 128
     """Width of both towers: the D that a denoiser sees. A multiple of 32."""
     layers: int = 2
@@ -221,12 +221,7 @@ def _learn_words(model: Any, ids: Tensor, mask: Tensor, config: ClipTraining) ->
         longest = int(mask[rows].sum(1).max())
         with torch.autocast(ids.device.type, torch.bfloat16, config.precision == "bf16"):
             read = model.text_model(ids[rows, :longest])
-            recalled = _recalled(model, read.last_hidden_state)
-            listed = model.listed(read.pooler_output)
-        words, real = ids[rows, :longest], mask[rows, :longest]
-        loss = recall_loss(recalled.float(), words, real) + listing_loss(
-            listed.float(), words, real
-        )
+            loss = _forgotten(model, read, ids[rows, :longest], mask[rows, :longest])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
@@ -236,9 +231,11 @@ def _learn_words(model: Any, ids: Tensor, mask: Tensor, config: ClipTraining) ->
     model.zero_grad(set_to_none=True)
 
 
-def _recalled(model: Any, states: Tensor) -> Tensor:
-    """States (B, L, D) to guesses (B, L, RECALLED, V)."""
-    return model.recall(states).unflatten(-1, (RECALLED, -1))
+def _forgotten(model: Any, read: Any, ids: Tensor, mask: Tensor) -> Tensor:
+    """What the states of captions (B, L) and their pooled states no longer tell of their words."""
+    recalled = model.recall(read.last_hidden_state).unflatten(-1, (RECALLED, -1))
+    listed = model.listed(read.pooler_output)
+    return recall_loss(recalled.float(), ids, mask) + listing_loss(listed.float(), ids, mask)
 
 
 def _fit(
@@ -284,16 +281,14 @@ def _loss(model: Any, pixels: Tensor, ids: Tensor, mask: Tensor, config: ClipTra
         text = model.text_projection(read.pooler_output)
         cells = model.visual_projection(_cells(seen.last_hidden_state[:, 1:]))
         words = model.text_projection(read.last_hidden_state[:, 1:])  # without the start token
-        recalled = _recalled(model, read.last_hidden_state)
-        listed = model.listed(read.pooler_output)
+        forgotten = _forgotten(model, read, ids, mask)
     scale = model.logit_scale.exp()
     same = (ids[:, None] == ids[None]).all(-1)
     whole = contrastive_loss(scale * _cosine(image.float(), text.float()), same)
     by_word = word_agreement(cells.float(), words.float(), mask[:, 1:])
     weight = config.word_weight
     contrast = (whole + weight * contrastive_loss(scale * by_word, same)) / (1 + weight)
-    words_kept = recall_loss(recalled.float(), ids, mask) + listing_loss(listed.float(), ids, mask)
-    return contrast + config.recall_weight * words_kept
+    return contrast + config.recall_weight * forgotten
 
 
 def _cells(patches: Tensor) -> Tensor:
