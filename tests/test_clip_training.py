@@ -153,16 +153,17 @@ def test_agreement_by_word_is_the_mean_of_the_best_cosines():
     torch.testing.assert_close(word_agreement(cells, words, mask), expected, atol=1e-6, rtol=0)
 
 
-def test_recall_is_the_cross_entropy_of_a_word_and_of_those_before_it():
+@pytest.mark.parametrize("memory", [3, 6])  # 6: longer than the captions
+def test_recall_is_the_cross_entropy_of_a_word_and_of_those_before_it(memory):
     generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(2, 4, 3, 7, generator=generator)
+    logits = torch.randn(2, 4, memory, 7, generator=generator)
     ids = torch.randint(7, (2, 4), generator=generator)
     mask = torch.arange(4)[None] < torch.tensor([4, 2])[:, None]
     terms = [
         logits[row, place, back].logsumexp(0) - logits[row, place, back, ids[row, place - back]]
         for row, length in ((0, 4), (1, 2))
         for place in range(length)
-        for back in range(min(3, place + 1))
+        for back in range(min(memory, place + 1))
     ]
     expected = torch.stack(terms).mean()
     torch.testing.assert_close(recall_loss(logits, ids, mask), expected, atol=1e-6, rtol=0)

@@ -27,6 +27,7 @@ from ldm.data.shapes import (
     INSET,
     OBJECT_COUNTS,
     RELATION_RATIO,
+    SCATTER,
     SEEN_PAIRS,
     SPLITS,
     caption,
@@ -69,6 +70,16 @@ def test_the_first_examples_never_change() -> None:
     assert list(open_shapes(3, "train").captions) == GOLDEN_CAPTIONS
     x, y = scene(0, "train").objects[0].x, scene(0, "train").objects[0].y
     assert (x, y) == pytest.approx(GOLDEN_PLACE, abs=1e-12)
+
+
+def test_an_object_alone_keeps_to_the_middle_and_uses_all_of_it() -> None:
+    drawn = [scene(i, "train", objects=1).objects[0] for i in range(400)]
+    for axis in (0, 1):
+        room = [1 - 2 * (INSET + item.half[axis]) for item in drawn]
+        off = [(item.x, item.y)[axis] - 0.5 for item in drawn]
+        share = [abs(2 * a / b) for a, b in zip(off, room, strict=True)]
+        assert 0.95 * SCATTER < max(share) <= SCATTER + 1e-12
+        assert np.mean(share) == pytest.approx(SCATTER / 2, rel=0.1)
 
 
 def test_another_seed_or_split_or_index_is_another_scene() -> None:
@@ -302,4 +313,4 @@ GOLDEN_CAPTIONS = [
     "a small yellow star is right of a small blue circle on grey",
     "a small orange square above a large yellow cross on a beige background",
 ]
-GOLDEN_PLACE = (0.24892107980052247, 0.6828296228025778)
+GOLDEN_PLACE = (0.23794287849899487, 0.5731318491210311)

@@ -272,8 +272,10 @@ def _draw_places(rng: np.random.Generator, content: Content) -> list[tuple[float
 
 
 def _between(rng: np.random.Generator, low: float, high: float) -> float | None:
-    """A uniform draw, or None if there is no room."""
-    return low + rng.random() * (high - low) if low <= high else None
+    """A draw around the middle of the room (SCATTER), or None if there is none."""
+    if low > high:
+        return None
+    return (low + high) / 2 + SCATTER * (rng.random() - 0.5) * (high - low)
 
 
 def _touch(
@@ -322,6 +324,9 @@ INSET = 1.5 / 64
 """Least distance of an object from the edge."""
 GAP = 3.2 / 64
 """Least distance between the bounding boxes of two objects, on the axis that parts them."""
+SCATTER = 0.4
+"""The share of the room it has, around its middle, in which an object may lie. Captions say no more
+about places than the relations; all further freedom is noise to them, and slow to learn."""
 RELATION_RATIO = 1.5
 """Centres are at least so many times farther apart along a relation than across it."""
 

@@ -32,8 +32,9 @@ from ldm.training.optim import learning_rate, parameter_groups
 from ldm.training.session import resolve_precision
 from ldm.types import Source
 
-RECALLED = 4
-"""Tokens that the state of a token must tell: its own and those before it."""
+RECALLED = 8
+"""Tokens that the state of a token must tell: its own and those before it. Eight reach from the
+second object of a caption back to its relation to the first, without which order is not learned."""
 
 WORD_BATCH = 64
 """Captions per step of `_learn_words`."""
@@ -65,7 +66,7 @@ class ClipTraining:
     """Weight of the word by word contrast (see `word_agreement`) beside the pooled one."""
     recall_weight: float = 1.0
     """Weight of telling a word and the ones before it from its state (see `recall_loss`)."""
-    recall_steps: int = 200
+    recall_steps: int = 300
     """Steps on captions alone before the contrast starts; they look at no picture."""
     width: int = 128
     """Width of both towers: the D that a denoiser sees. A multiple of 32."""
@@ -151,6 +152,7 @@ def train_clip(
     model = _build(tokenizer, config)
     encoder = HuggingFaceTextEncoder(model.text_model, tokenizer, too_long="truncate")
     ids, mask = encoder.tokenize(train.captions)
+    _add_memory(model, ids, config)
     model.requires_grad_(True).to(device)  # the encoder froze the tower they share
     _learn_words(model, ids.to(device), mask.to(device), config)
     losses = _fit(
@@ -234,8 +236,8 @@ def _learn_words(model: Any, ids: Tensor, mask: Tensor, config: ClipTraining) ->
 def _forgotten(model: Any, read: Any, ids: Tensor, mask: Tensor) -> Tensor:
     """What the states of captions (B, L) and their pooled states no longer tell of their words."""
     recalled = model.recall(read.last_hidden_state).unflatten(-1, (RECALLED, -1))
-    listed = model.listed(read.pooler_output)
-    return recall_loss(recalled.float(), ids, mask) + listing_loss(listed.float(), ids, mask)
+    listed, words = model.listed(read.pooler_output), model.word_of[ids]
+    return recall_loss(recalled.float(), words, mask) + listing_loss(listed.float(), words, mask)
 
 
 def _fit(
@@ -340,12 +342,22 @@ def _build(tokenizer: Any, config: ClipTraining) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         model = CLIPModel(towers)
-        model.recall = nn.Linear(config.width, RECALLED * len(tokenizer))
-        model.listed = nn.Linear(config.width, len(tokenizer))  # both are dropped after training
         embeddings = model.text_model.embeddings
         nn.init.normal_(embeddings.token_embedding.weight, std=WORD_STD)
         nn.init.normal_(embeddings.position_embedding.weight, std=WORD_STD / 2)
         return model
+
+
+def _add_memory(model: Any, ids: Tensor, config: ClipTraining) -> None:
+    """Gives the model the heads of `_forgotten`, over the tokens that occur; all dropped later."""
+    used = ids.unique()
+    word_of = torch.zeros(int(used.max()) + 1, dtype=torch.long)
+    word_of[used] = torch.arange(len(used))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        model.register_buffer("word_of", word_of)
+        model.recall = nn.Linear(config.width, RECALLED * len(used))
+        model.listed = nn.Linear(config.width, len(used))
 
 
 def _to_float(pixels: Tensor) -> Tensor:

@@ -70,7 +70,7 @@ def recall_loss(logits: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         A scalar: the mean over all guesses that exist.
     """
     guesses = []
-    for back in range(logits.shape[2]):
+    for back in range(min(logits.shape[1:3])):  # a caption may be shorter than the memory
         length = logits.shape[1] - back
         known = mask[:, back:]  # a real token has only real ones before it
         guesses.append((logits[:, back:, back][known], ids[:, :length][known]))
