@@ -144,9 +144,10 @@ def test_what_is_seen_is_what_was_drawn() -> None:
     assert seen.background == "grey"
     words = [f"{found.size} {found.colour} {found.shape}" for found in seen.objects]
     assert words == ["large pink star", "small cyan cross"]
-    for found, (x, y, size) in zip(seen.objects, [(0.3, 0.4, 0.4), (0.7, 0.8, 0.235)], strict=True):
+    places = [(0.3, 0.4, SIZES["large"]), (0.7, 0.8, SIZES["small"])]
+    for found, place in zip(seen.objects, places, strict=True):
         # a fifth of a pixel of 64
-        np.testing.assert_allclose((found.x, found.y, found.diameter), (x, y, size), atol=0.2 / 64)
+        np.testing.assert_allclose((found.x, found.y, found.diameter), place, atol=0.2 / 64)
 
 
 def test_one_object_has_no_relation() -> None:

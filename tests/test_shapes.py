@@ -313,4 +313,4 @@ GOLDEN_CAPTIONS = [
     "a small yellow star is right of a small blue circle on grey",
     "a small orange square above a large yellow cross on a beige background",
 ]
-GOLDEN_PLACE = (0.23794287849899487, 0.5731318491210311)
+GOLDEN_PLACE = (0.2346466986244374, 0.5709124631835331)

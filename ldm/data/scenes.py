@@ -154,8 +154,8 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "cyan": (0, 210, 230),
     "pink": (250, 125, 195),
 }
-SIZES: dict[str, float] = {"small": 0.235, "large": 0.4}
-"""The diameter of a circle; 15 and 25.6 px at 64 px. The others are scaled to look as big."""
+SIZES: dict[str, float] = {"small": 0.28, "large": 0.42}
+"""The diameter of a circle; 18 and 27 px at 64 px. The others are scaled to look as big."""
 
 CROSS_BAR = 0.36
 """Width of a cross's bar over the width of the cross."""
