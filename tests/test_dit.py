@@ -138,7 +138,7 @@ def test_recomputing_activations_gives_the_same_gradients():
 
 
 def test_a_configuration_survives_its_file():
-    value = config(pooled_dim=8, qk_norm=False, local_conv=True)
+    value = config(pooled_dim=8, qk_norm=None, local_conv=True)
     assert DiTConfig.from_json(value.to_json()) == value
 
 
@@ -151,3 +151,9 @@ def test_impossible_configurations_are_refused(changes):
 def test_a_latent_that_cannot_be_cut_into_patches_is_refused():
     with pytest.raises(LdmError, match="patches of 2"):
         DiT(config())(torch.randn(1, 4, 7, 8), torch.zeros(1), text(batch=1))
+
+
+def test_a_norm_of_an_older_version_is_refused_and_not_taken_for_another() -> None:
+    saved = DiTConfig(in_channels=4).to_json() | {"qk_norm": True}
+    with pytest.raises(LdmError, match="qk_norm True"):
+        DiTConfig.from_json(saved)

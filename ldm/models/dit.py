@@ -44,8 +44,8 @@ class DiTConfig:
     local_conv: bool = False
     """A 3x3 convolution over the token grid before each block (groups of `head_dim` channels):
     neighbours need not find each other by attention, which small models learn much faster."""
-    qk_norm: bool = True
-    """Layer-normalise queries and keys (Dehghani et al. 2023, arXiv 2302.05442), which keeps
+    qk_norm: str | None = "layer_norm"
+    """Norm of queries and keys, or None (Dehghani et al. 2023, arXiv 2302.05442); it keeps
     attention logits bounded at high rates. On CPUs torch fuses it, and not the RMS norm."""
 
     def __post_init__(self) -> None:
@@ -57,6 +57,13 @@ class DiTConfig:
                     fix=f"set {name} to a positive number",
                     code=ExitCode.CONFIG,
                 )
+        if self.qk_norm not in ("layer_norm", None):  # True once meant an RMS norm, of equal names
+            raise LdmError(
+                f"qk_norm {self.qk_norm!r} is not a norm of this DiT",
+                where="DiT",
+                fix="use 'layer_norm' or null; a run of an older version must be trained again",
+                code=ExitCode.CONFIG,
+            )
         if self.hidden_size % self.head_dim or self.hidden_size % 4:
             raise LdmError(
                 f"hidden_size {self.hidden_size} is not a multiple of head_dim {self.head_dim}",

@@ -34,7 +34,7 @@ from ldm.types import Source
 
 RECALLED = 8
 """Tokens that the state of a token must tell: its own and those before it. Eight reach from the
-second object of a caption back to its relation to the first, without which order is not learned."""
+second object of a caption back to its relation to the first; otherwise order comes late."""
 
 WORD_BATCH = 64
 """Captions per step of `_learn_words`."""
