@@ -156,7 +156,8 @@ def build_denoiser(
 def load_text(config: TextConfig, captions: Sequence[str], seed: int) -> HuggingFaceTextEncoder:
     """The frozen text encoder; without a path, an untrained small one over these captions."""
     if config.path is None:
-        encoder = random_text_encoder(captions, width=config.random_width, seed=seed)
+        limit = {} if config.max_tokens is None else {"max_tokens": config.max_tokens}
+        encoder = random_text_encoder(captions, width=config.random_width, seed=seed, **limit)
         encoder.too_long = config.too_long
         return encoder
     root = Path(config.path)

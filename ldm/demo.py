@@ -7,6 +7,7 @@ and written down: killing the demo and starting it again continues the same plan
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import resource
@@ -34,7 +35,7 @@ SECONDS = {"vae": 180.0, "clip": 15.0, "dit": 300.0}
 lies around them: reading, logging and previews (a third), the cache, starting, drawing."""
 PLAN = "demo-plan.json"
 BUSY = 0.7
-"""Cores in use before the demo has done anything, above which it says so."""
+"""Load of the last minute above which the plan is said to depend on it."""
 PICTURES = 250
 """Held-out captions that are drawn and measured."""
 CLOCK = "demo-seconds.json"
@@ -56,9 +57,12 @@ def run_demo(configs: Path, overrides: Sequence[str] = ()) -> None:
     run_dir = Path(dit.run.dir)
     seconds, started = _seconds(run_dir), time.perf_counter()
     steps = _plan(run_dir, vae, clip, dit)
+    for name, config in (("vae", vae), ("clip", clip), ("dit", dit)):
+        if any(text.startswith("train.steps=") for text in given[name]):
+            steps[name] = config.train.steps
+            print(f"  {name}: {steps[name]} steps, as asked for", flush=True)
     seconds["planning"] = seconds.get("planning", 0.0) + time.perf_counter() - started
-    # what the user asks for comes last, and wins
-    changes = {name: [f"train.steps={steps[name]}", *given[name]] for name, _, _ in STAGES}
+    changes = {name: [*given[name], f"train.steps={steps[name]}"] for name, _, _ in STAGES}
     for number, (name, command, what) in enumerate(STAGES, start=1):
         print(f"\n[{number}/{len(STAGES) + 1}] {what}", flush=True)
         started = time.perf_counter()
@@ -79,34 +83,57 @@ def run_demo(configs: Path, overrides: Sequence[str] = ()) -> None:
 def _plan(
     run_dir: Path, vae: VaeExperiment, clip: ClipExperiment, dit: DiffusionExperiment
 ) -> dict[str, int]:
-    """Optimizer steps per stage: as many as fit into SECONDS here, at most those of the recipe."""
-    path = run_dir / PLAN
-    recipes = [config.model_dump(mode="json") for config in (vae, clip, dit)]
-    if path.exists() and (plan := storage.read_json(path))["recipes"] == recipes:
-        return dict(plan["steps"])
-    from ldm.training.probe import clip_step_seconds, dit_step_seconds, vae_step_seconds
+    """Optimizer steps per stage: as many as fit into SECONDS here, at most those of the recipe.
 
-    print("measuring the speed of this machine ...", flush=True)
-    if (busy := _busy()) > BUSY:
-        print(f"  other programs keep {busy:.1f} cores busy: the plan is made for what they leave")
-    measured = {
-        "vae": (vae, vae_step_seconds(vae)),
-        "clip": (clip, clip_step_seconds(clip)),
-        "dit": (dit, dit_step_seconds(dit, vae, clip)),
+    A stage is measured once for what decides its speed; other changes keep its steps.
+    """
+    path = run_dir / PLAN
+    plan: dict[str, Any] = storage.read_json(path) if path.exists() else {}
+    latents, words = vae.model.latent_channels, clip.model.width
+    stages: dict[str, tuple[VaeExperiment | ClipExperiment | DiffusionExperiment, list[Any]]] = {
+        "vae": (vae, [vae.crop.model_dump(mode="json")]),
+        "clip": (clip, []),
+        "dit": (dit, [latents, words]),
     }
-    steps = {}
-    for name, (config, seconds) in measured.items():
-        fits = int(SECONDS[name] / seconds)
-        steps[name] = max(20, min(config.train.steps, fits // 10 * 10))
-        print(f"  {name}: {seconds * 1e3:.0f} ms a step, {steps[name]} steps", flush=True)
-    storage.make_directory(run_dir)
-    storage.write_json(path, {"steps": steps, "recipes": recipes})
+    decides = {
+        name: [
+            config.model.model_dump(mode="json"),
+            config.train.batch_size,
+            config.train.precision,
+            config.data.image_px,
+            *more,
+        ]
+        for name, (config, more) in stages.items()
+    }
+    if missing := [n for n in stages if n not in plan or plan[n]["measured"] != decides[n]]:
+        from ldm.training.probe import clip_step_seconds, dit_step_seconds, vae_step_seconds
+
+        print("measuring the speed of this machine ...", flush=True)
+        if (busy := _busy()) > BUSY:
+            print(f"  load of the last minute: {busy:.1f}; what runs beside the demo shortens it")
+        measure = {
+            "vae": lambda: vae_step_seconds(vae),
+            "clip": lambda: clip_step_seconds(clip),
+            "dit": lambda: dit_step_seconds(dit, vae, clip),
+        }
+        for name in missing:
+            seconds = measure[name]()
+            fits = max(20, int(SECONDS[name] / seconds) // 10 * 10)
+            plan[name] = {"measured": decides[name], "step_seconds": seconds, "fits": fits}
+        storage.make_directory(run_dir)
+        storage.write_json(path, plan)
+    steps = {name: min(stages[name][0].train.steps, plan[name]["fits"]) for name in stages}
+    for name, count in steps.items():
+        print(f"  {name}: {plan[name]['step_seconds'] * 1e3:.0f} ms a step, {count} steps")
     return steps
 
 
 def _busy() -> float:
-    """Cores in use over the last minute, 0 where the system does not tell."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    """Programs that wanted a core over the last minute, 0 where the system does not tell."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return 0.0
 
 
 def _measure(dit: DiffusionExperiment, vae: VaeExperiment) -> tuple[Any, float]:
@@ -177,15 +204,18 @@ def _plot(run_dir: Path, vae_dir: Path) -> None:
 def _run(*arguments: str) -> None:
     """Runs a stage; signals go on to it, so that it saves before it stops."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "ldm.cli", *arguments], start_new_session=True
+        [sys.executable, "-m", "ldm.cli", *arguments],
+        start_new_session=True,  # Ctrl-C reaches it once, through `forward`
+        preexec_fn=_end_with_parent,
     )
     heard: list[int] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         heard.append(number)
-        process.send_signal(number)
+        process.send_signal(signal.SIGTERM)  # of all of them: save, then stop
 
-    former = {n: signal.signal(n, forward) for n in (signal.SIGTERM, signal.SIGINT)}
+    names = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    former = {n: signal.signal(n, forward) for n in names}
     try:
         code = process.wait()
     finally:
@@ -199,6 +229,12 @@ def _run(*arguments: str) -> None:
             fix="see its message above; the same command continues where it stopped",
             code=ExitCode.SIGNALLED if heard else known,
         )
+
+
+def _end_with_parent() -> None:
+    """In a stage: it ends with a demo that is killed, which can then be started again at once."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG of <linux/prctl.h>
 
 
 def _changes(stage: str, overrides: Sequence[str]) -> list[str]:

@@ -5,7 +5,7 @@ from PIL import Image
 from recipes import QUICK, TINY, tiny
 
 from ldm.cli import main
-from ldm.errors import ExitCode
+from ldm.errors import ExitCode, LdmError
 from ldm.evaluation.report import adherence_report
 from ldm.training.cache import cache_run
 from ldm.training.diffusion import train_diffusion
@@ -247,6 +247,53 @@ def test_the_cache_is_built_once_repaired_and_keyed_by_content(tmp_path, caplog)
     other, same_text = cache_run(tiny("dit", tmp_path / "run", "train.seed=5"))
     assert other != latents, "another random VAE is another cache"
     assert same_text != text, "and another random encoder"
+    regrouped, _ = cache_run(tiny("dit", tmp_path / "run", "vae.random.norm_num_groups=4"))
+    assert regrouped != latents, "equal weights in other norm groups are another VAE"
+
+
+@pytest.mark.parametrize("cached", ["true", "false"])
+def test_a_data_set_smaller_than_a_batch_is_refused_cached_or_live(tmp_path, cached):
+    few = ("data.count=4", "train.batch_size=8", f"cache.enabled={cached}")
+    with pytest.raises(LdmError, match="fewer than one global batch") as caught:
+        train_diffusion(tiny("dit", tmp_path / "run", *few))
+    assert caught.value.code == ExitCode.BAD_DATA
+
+
+def test_a_caption_that_is_cut_is_named_once(tmp_path, caplog):
+    cut = ("text.max_tokens=12", "text.too_long=truncate")
+    cache_run(tiny("dit", tmp_path / "run", *cut))
+    assert sum("is cut" in record.message for record in caplog.records) == 1
+
+
+def test_a_held_out_set_that_cannot_be_read_is_refused_before_training(tmp_path, capsys):
+    folder = pictures(tmp_path / "data", [f"hat {k}" for k in range(9)])
+    for file in folder.glob("*.png"):
+        file.write_bytes(b"no picture")
+    code = main(
+        [
+            "train-vae",
+            "--config",
+            str(TINY["vae"]),
+            f"run.dir={tmp_path / 'run'}",
+            *QUICK,
+            "data.source=imagefolder",
+            f"data.path={folder}",
+            "data.holdout=2",
+            "preview.every_steps=5",
+        ]
+    )
+    assert "data.holdout" in refusal(capsys, code, ExitCode.BAD_DATA)
+
+
+def test_an_output_folder_that_cannot_be_is_named_before_drawing(tmp_path, capsys, monkeypatch):
+    train_diffusion(tiny("dit", tmp_path / "run"))
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("ldm.evaluation.report.measure", lambda *_, **__: pytest.fail("drawn"))
+    code = main(
+        ["evaluate", "adherence", "--model", str(tmp_path / "run"), "--out"]
+        + [str(tmp_path / "file/x")]
+    )
+    assert "file/x" in refusal(capsys, code, ExitCode.IO)
 
 
 def test_adherence_of_an_untrained_model_is_reported_as_bad(tmp_path):

@@ -78,6 +78,17 @@ def test_ten_steps_lower_the_loss(trained):
     assert np.mean(losses[-3:]) < losses[0] - 0.5
 
 
+def test_states_keep_words_where_recall_is_trained_before_and_beside_contrast():
+    def forgotten(**changes):
+        config = replace(TINY, **{"recall_steps": 60, **changes})
+        return train_clip(open_shapes(120, image_px=32), config)[1]["forgotten"]
+
+    learned = forgotten()  # measured: 1.9 nats, 4.5 without recall before, 5.4 without any
+    assert learned < 0.6 * forgotten(recall_steps=0)
+    kept = forgotten(steps=60)  # measured: 1.6, and 2.6 without recall beside the contrast
+    assert kept < 0.8 * forgotten(steps=60, recall_weight=0.0)
+
+
 def test_training_twice_gives_the_same_bits(trained):
     torch.manual_seed(7)  # another global state must not matter
     again, metrics = train_clip(open_shapes(120, image_px=32), TINY)

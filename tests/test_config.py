@@ -96,12 +96,38 @@ def test_all_mistakes_come_at_once_field_errors_and_rules_alike(tmp_path):
         ("diffusion.caption_dropout=0", "guidance"),
         ("data.crop=random", "cannot be random"),
         ("model.head_dim=33", "not a multiple of 4"),
+        ("run.dir=", "run.dir: got ''; must be given, not empty"),
+        ("vae.random.block_out_channels=[]", "must be given, not empty"),
+        ("sample.interval=[0.5]", "too few values; a legal value is [0.0, 1.0]"),
+        ("optim=3", "must be a section: write optim.NAME=VALUE"),
+        ("model=3", "must be a section: write model.NAME=VALUE"),
     ],
 )
 def test_a_bad_value_is_refused_with_its_rule(tmp_path, override, part):
     text = message([write(tmp_path, MINIMAL)], [override])
     assert part in text
     assert "command line: " in text or "e.yaml:" in text
+
+
+def test_a_section_that_is_a_plain_value_is_one_mistake(tmp_path):
+    assert "optim.warmup_steps" not in message([write(tmp_path, MINIMAL)], ["optim=3"])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optim.beta2=0.5",
+        "optim.schedule=linear",
+        "data.too_small=error",
+        "data.workers=3",
+        "train.compile=true",
+        "train.ema_decay=0.5",
+        "train.max_bad_steps=9",
+    ],
+)
+def test_train_clip_refuses_what_it_would_ignore(tmp_path, override):
+    text = message([write(tmp_path, "stage: clip\nrun:\n  dir: runs/x\n")], [override])
+    assert f"{override.partition('=')[0]}: train-clip cannot do" in text
 
 
 def test_scientific_notation_that_yaml_reads_as_text_is_a_number(tmp_path):

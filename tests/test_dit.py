@@ -61,6 +61,20 @@ def test_the_local_convolution_reaches_the_neighbours_on_the_grid_and_no_others(
     assert moved.equal(expected)
 
 
+def test_the_convolution_of_the_whole_net_follows_rows_on_a_grid_that_is_not_square():
+    net = shaken(DiT(config(local_conv=True, num_layers=1, patch_size=1)))
+    with torch.no_grad():  # nothing but the convolution may carry news from token to token
+        for attention in (net.transformer_blocks[0].attn1, net.transformer_blocks[0].attn2):
+            attention.to_out.weight.zero_()
+    x, t, words = torch.randn(1, 4, 4, 7), torch.tensor([500.0]), text(batch=1)
+    moved = x.clone()
+    moved[0, :, 1, 3] += 1.0
+    change = (net(moved, t, words) - net(x, t, words)).abs().sum(1)[0] > 1e-4
+    expected = torch.zeros(4, 7, dtype=torch.bool)
+    expected[0:3, 2:5] = True
+    assert change.equal(expected)
+
+
 def test_the_first_prediction_is_zero_and_every_parameter_can_learn():
     net = DiT(config(pooled_dim=8, local_conv=True))
     words = text(pooled=torch.randn(2, 8))

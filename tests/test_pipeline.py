@@ -1,14 +1,16 @@
 """Drawing: a picture depends on its own request alone; what cannot be served says why."""
 
 import json
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from recipes import tiny
 
-from ldm import Pipeline
+from ldm import Pipeline, storage
+from ldm.build import load_vae_directory
 from ldm.cli import main
 from ldm.errors import ExitCode, LdmError
 from ldm.inference.images import Request, read_request
@@ -252,6 +254,54 @@ def test_odd_arguments_of_infer_are_refused(run, tmp_path, capsys, extra, part):
     arguments = ["infer", "--model", str(run), "--prompt", "x", "--out", str(tmp_path / "o")]
     assert main([*arguments, *extra]) == ExitCode.USAGE
     assert part in capsys.readouterr().err
+
+
+def test_a_checkpoint_is_not_retired_while_it_is_being_loaded(tmp_path, monkeypatch):
+    import ldm.inference.pipeline as module
+
+    newest = train_diffusion(tiny("dit", tmp_path / "run"))
+    (older,) = [d for d in storage.step_directories(tmp_path / "run") if d != newest]
+    seen = []
+
+    def load(folder):
+        seen.append(storage.retire(tmp_path / "run", keep=1))
+        return load_vae_directory(folder)
+
+    monkeypatch.setattr(module, "load_vae_directory", load)
+    Pipeline.from_pretrained(older)
+    assert seen == [[]]
+    assert storage.retire(tmp_path / "run", keep=1) == [older], "afterwards it may go"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": "abc"},
+        {"height": "64"},
+        {"seed": "x"},
+        {"seed": True},
+        {"shift": None},
+        {"sampler": ["ddim"]},
+        {"interval": [1]},
+        {"interval": ["a", "b"]},
+        {"interval": 3},
+        {"prompt": None},
+    ],
+)
+def test_a_request_of_the_wrong_kind_is_damaged(pipeline, tmp_path, wrong):
+    (request,) = pipeline.requests(["a"])
+    facts = {"request": {**asdict(request), **wrong}, "model": "", "model_path": ""}
+    for text in (json.dumps(facts), '{"request": null}', "[]"):
+        chunks = PngImagePlugin.PngInfo()
+        chunks.add_itxt("ldm", text)
+        Image.new("RGB", (8, 8)).save(tmp_path / "x.png", pnginfo=chunks)
+        with pytest.raises(LdmError, match="damaged"):
+            read_request(tmp_path / "x.png")
+
+
+def test_a_file_with_an_odd_number_for_a_name_is_left_alone(pipeline, tmp_path):
+    (tmp_path / "\u00b2.png").touch()
+    assert pipeline("a", steps=1).save(tmp_path)[0].name == "00000.png"
 
 
 def test_a_vae_run_is_no_model_to_draw_with(tmp_path, capsys):

@@ -12,6 +12,7 @@ import pytest
 from ldm.data.scenes import (
     BACKGROUNDS,
     COLOURS,
+    INVERSE,
     OUTLINES,
     SIZES,
     Content,
@@ -127,6 +128,15 @@ def test_one_two_and_three_objects_occur_as_often_as_announced() -> None:
     shares = [drawn[n] / 3000 for n in (1, 2, 3)]
     # four standard deviations of a share of 3000 draws
     np.testing.assert_allclose(shares, OBJECT_COUNTS, atol=4 * (0.25 / 3000) ** 0.5)
+
+
+def test_three_objects_occur_in_every_order() -> None:
+    pairs = Counter(scene(i, "train", objects=3).relations for i in range(2000))
+    assert len(pairs) == 16  # of 4 x 4 relations
+    # two objects on one side of a third are no rarer than around a corner
+    around = [count for (a, b), count in pairs.items() if a != b and INVERSE[a] != b]
+    one_side = [count for (a, b), count in pairs.items() if INVERSE[a] == b]
+    assert min(one_side) > 0.5 * min(around)
 
 
 @pytest.mark.parametrize("wanted", [1, 2, 3])

@@ -1,7 +1,9 @@
 """Training runs: one run is one function of its configuration, however it is interrupted or cut."""
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +15,9 @@ import torch
 from recipes import QUICK, ROOT, TINY, assert_bitwise_equal, state, tiny
 
 from ldm.errors import ExitCode, LdmError
+from ldm.training.checkpoints import VaeWriter
 from ldm.training.diffusion import train_diffusion
-from ldm.training.session import Progress, Session, resolve_precision
+from ldm.training.session import Meter, Progress, Session, resolve_precision
 from ldm.training.vae import train_vae
 
 
@@ -120,6 +123,59 @@ def test_a_changed_experiment_is_refused_under_resume(tmp_path):
     with pytest.raises(LdmError, match=r"model.num_layers: 2 -> 3") as caught:
         train(tiny("dit", tmp_path / "run", "model.num_layers=3"))
     assert caught.value.code == ExitCode.CONFIG
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_over(tmp_path):
+    config = tiny("dit", tmp_path / "run")
+    train(config)
+    rows = (tmp_path / "run/metrics.jsonl").read_text()
+    for folder in (tmp_path / "run").glob("step-*"):
+        shutil.rmtree(folder)
+    with pytest.raises(LdmError, match="holds none") as caught:
+        train(config)
+    assert caught.value.code == ExitCode.IO
+    assert (tmp_path / "run/metrics.jsonl").read_text() == rows, "nothing is lost"
+
+
+@pytest.mark.parametrize("text", [None, "", "stage: diffusion"])
+def test_what_a_run_was_is_read_from_its_checkpoint(tmp_path, text):
+    train(tiny("dit", tmp_path / "run"))
+    (tmp_path / "run/config.yaml").unlink()
+    if text is not None:
+        (tmp_path / "run/config.yaml").write_text(text)
+    with pytest.raises(LdmError, match="caption_dropout") as caught:
+        train(tiny("dit", tmp_path / "run", "diffusion.caption_dropout=0.5", "train.steps=8"))
+    assert caught.value.code == ExitCode.CONFIG
+    train(tiny("dit", tmp_path / "run", "train.steps=8"))
+    assert "caption_dropout" in (tmp_path / "run/config.yaml").read_text()
+
+
+def test_a_preview_prompt_that_is_too_long_is_refused_before_the_first_step(tmp_path):
+    long = "preview.prompts=[" + "red " * 100 + "]"
+    with pytest.raises(LdmError, match="tokens"):
+        train(tiny("dit", tmp_path / "run", long, "preview.every_steps=5"))
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_a_run_killed_after_its_last_preview_has_that_preview(tmp_path, monkeypatch):
+    config = tiny("vae", tmp_path / "run", "preview.every_steps=6", "data.holdout=4")
+    with monkeypatch.context() as patch:
+        patch.setattr(VaeWriter, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(Session, "due", lambda self, step, every: every and step == 6)
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    train(config)
+    rows = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "heldout_psnr" in row] == [6]
+
+
+def test_a_slice_of_time_without_samples_has_no_mean_on_any_rank():
+    meter = Meter()
+    meter.add({"loss": 2.0, "loss_t0.00": math.nan, "loss_t0.25": 4.0})
+    meter.add({"loss": 4.0, "loss_t0.00": math.nan, "loss_t0.25": math.nan})
+    row = meter.take(4, over_ranks=lambda numbers: [2 * n for n in numbers])  # two equal ranks
+    assert "loss_t0.00" not in row
+    assert (row["loss"], row["loss_t0.25"]) == (3.0, 4.0)
 
 
 def test_a_damaged_newest_checkpoint_is_skipped_loudly_and_the_run_still_ends_equal(

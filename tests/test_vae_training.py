@@ -1,4 +1,4 @@
-"""The VAE's objective, its detailed crops, the statistics of its latents, and the demo's plan."""
+"""The VAE's objective, its detailed crops, and the statistics of its latents."""
 
 import json
 
@@ -89,42 +89,3 @@ def test_the_preview_writes_a_picture_and_the_held_out_psnr(tmp_path):
     assert (tmp_path / "run/samples/step-00000006.png").exists()
     rows = map(json.loads, storage.read_lines(tmp_path / "run/metrics.jsonl"))
     assert [row["step"] for row in rows if "heldout_psnr" in row] == [3, 6]
-
-
-@pytest.mark.slow
-def test_the_demo_plans_once_trains_all_stages_and_reports(tmp_path, monkeypatch, capsys):
-    import ldm.demo as demo
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "PICTURES", 8)
-    monkeypatch.setattr(demo, "SECONDS", {"vae": 1.0, "clip": 1.0, "dit": 1.0})
-    small = [
-        "vae.data.count=64",
-        "clip.data.count=300",
-        "clip.train.batch_size=16",
-        "dit.data.count=64",
-        "dit.train.batch_size=8",
-        "vae.preview.every_steps=20",
-    ]
-    from recipes import ROOT
-
-    demo.run_demo(ROOT / "configs/demo", small)
-    report = storage.read_json(tmp_path / "runs/demo/report.json")
-    assert set(report["adherence"]) >= {
-        "background",
-        "count",
-        "colour",
-        "relation",
-        "size",
-        "shape",
-        "all",
-    }
-    assert set(report["adherence"]["all"]) == {"mean", "low", "high"}
-    assert report["vae"]["psnr"] > 0
-    assert report["seconds"] > 0
-    assert 0 < report["peak_memory_gb"] < 6
-    for name in ("grid.png", "curves.png"):
-        assert (tmp_path / "runs/demo" / name).stat().st_size > 1000
-    plan = (tmp_path / "runs/demo" / demo.PLAN).read_text()
-    demo.run_demo(ROOT / "configs/demo", small)
-    assert (tmp_path / "runs/demo" / demo.PLAN).read_text() == plan

@@ -101,8 +101,8 @@ def find_checkpoint(path: Path) -> Path:
         raise LdmError(
             f"all checkpoints of this run are damaged ({', '.join(c.name for c in candidates)})",
             where=str(path),
-            fix="the warnings above name the bad files: copy them again, or train anew in another "
-            "run.dir",
+            fix="the warnings above name the bad files: copy them again (vae/ and text_encoder/ "
+            "are one file in all checkpoints of a run), or train anew in another run.dir",
             code=ExitCode.IO,
         )
     found_there = "it has no step-*/ with a MANIFEST.json" if path.is_dir() else "it does not exist"

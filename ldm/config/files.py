@@ -20,6 +20,8 @@ from ldm.config.schema import STAGES, Experiment
 from ldm.errors import ExitCode, LdmError
 
 COMMAND_LINE = "command line"
+NO_SECTION = ("model_type", "model_attributes_type", "union_tag_not_found")
+"""pydantic's words for a plain value where a section belongs."""
 
 
 @dataclass
@@ -255,6 +257,8 @@ def _validate(kind: type[Experiment], settings: Settings) -> Experiment:
             config = kind.model_validate(values)
         except ValidationError:
             config = None  # the remaining errors follow from the ones already reported
+        if any(detail["type"] in NO_SECTION for detail in error.errors(include_url=False)):
+            config = None  # rules would judge defaults that nobody wrote
     if config is not None:
         for key, what, fix in conflicts(config):
             problems.append(f"{settings.place(key)}: {key}: {what}; fix: {fix}")
@@ -292,11 +296,18 @@ def _describe(kind: type[Experiment], detail: Any, settings: Settings) -> str:
         )
         hint = f"; did you mean {_full(near[0], known)}?" if near else ""
         return f"{place}: unknown key {key}{hint}"
+    if detail["type"] in NO_SECTION:
+        return f"{place}: {key}: got {got!r}; must be a section: write {key}.NAME=VALUE"
     if detail["type"] == "union_tag_invalid":
         legal = detail["ctx"]["expected_tags"]
         return f"{place}: {key}.kind: got {detail['ctx']['tag']!r}; must be one of {legal}"
     if detail["type"] == "missing":
+        if isinstance(location[-1], int):
+            key, default = key.rpartition(".")[0], _default(kind, location[:-1])
+            return f"{place}: {key}: too few values; a legal value is {list(default)}"
         return f"{place}: {key} is missing; fix: add it, for example run.dir=runs/mine"
+    if detail["type"] in ("too_short", "string_too_short"):
+        rule = "given, not empty"
     rule = rule.removeprefix("Value error, ").removeprefix("Input should be ")
     default = _default(kind, location)
     legal = f"; a legal value is {default!r}" if default is not None else ""

@@ -9,6 +9,8 @@ from ldm.config.schema import (
     DiffusionExperiment,
     DitConfig,
     Experiment,
+    OptimConfig,
+    TrainConfig,
     VaeExperiment,
     VaeModelConfig,
 )
@@ -143,14 +145,22 @@ def _diffusion_conflicts(config: DiffusionExperiment) -> Iterator[tuple[str, str
 
 
 def _clip_conflicts(config: ClipExperiment) -> Iterator[tuple[str, str, str]]:
-    """`train-clip` has its own schedule and sees whole pictures: other wishes are not ignored."""
+    """`train-clip` has its own loop, schedule and betas, and sees whole pictures: a wish for
+    anything else is refused, not ignored."""
     optim, data = config.optim, config.data
     for key, value, used in (
         ("optim.schedule", optim.schedule, "cosine"),
         ("optim.final_fraction", optim.final_fraction, 0.0),
+        ("optim.beta1", optim.beta1, OptimConfig().beta1),
+        ("optim.beta2", optim.beta2, OptimConfig().beta2),
         ("data.crop", data.crop, "center"),
         ("data.flip", data.flip, False),
+        ("data.too_small", data.too_small, "upscale"),
+        ("data.workers", data.workers, 0),
         ("train.accumulation", config.train.accumulation, 1),
+        ("train.compile", config.train.compile, False),
+        ("train.ema_decay", config.train.ema_decay, TrainConfig().ema_decay),
+        ("train.max_bad_steps", config.train.max_bad_steps, TrainConfig().max_bad_steps),
     ):
         if value != used:
             yield key, f"train-clip cannot do {value!r}", f"{key}={used}"

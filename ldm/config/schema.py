@@ -53,7 +53,7 @@ class Section(BaseModel):
 class RunConfig(Section):
     """Where a run lives and how often it speaks."""
 
-    dir: str
+    dir: Annotated[str, Field(min_length=1)]
     """Run directory; the same command with the same directory continues the run."""
     save_every_steps: Count = 1_000
     """Optimizer steps between checkpoints; the last step is always saved."""
@@ -148,7 +148,7 @@ class VaeModelConfig(Section):
 
     latent_channels: Count = 4
     """Channels of the latent."""
-    block_out_channels: tuple[Count, ...] = (128, 256, 512, 512)
+    block_out_channels: Annotated[tuple[Count, ...], Field(min_length=1)] = (128, 256, 512, 512)
     """Width per resolution level; each level after the first halves the picture."""
     layers_per_block: Count = 2
     """Residual blocks per level (the decoder has one more)."""
@@ -203,7 +203,7 @@ class TextConfig(Section):
     max_tokens: Count | None = None
     """Longest prompt in tokens; null means the encoder's own limit."""
     too_long: Literal["error", "truncate"] = "error"
-    """Captions over the limit: stop and count them, or cut them (counted in the log)."""
+    """Captions over the limit: stop at the first, or cut them all (the log names the first)."""
     random_width: Count = 64
     """Width of the random encoder when `path` is null."""
 
@@ -234,7 +234,7 @@ class UNetModelConfig(Section):
 
     kind: Literal["unet"] = "unet"
     """Selects this architecture."""
-    block_out_channels: tuple[Count, ...] = (320, 640, 1280, 1280)
+    block_out_channels: Annotated[tuple[Count, ...], Field(min_length=1)] = (320, 640, 1280, 1280)
     """Width per resolution level."""
     layers_per_block: Count = 2
     """Residual blocks per level."""
@@ -294,10 +294,10 @@ class CacheConfig(Section):
 
     enabled: bool = True
     """Train from the cache (built when missing) or encode every batch anew."""
-    dir: str = "runs/cache"
+    dir: Annotated[str, Field(min_length=1)] = "runs/cache"
     """Where caches live, each in a folder named by the hash of what it depends on."""
     dtype: Literal["fp32", "fp16"] = "fp32"
-    """Storage precision; fp32 makes cached and live training equal bit for bit."""
+    """Storage precision; fp32 makes cached and live training equal up to rounding."""
     shard_size: Count = 1_024
     """Samples per file; an interrupted build continues at the next file."""
     batch_size: Count = 64

@@ -73,6 +73,18 @@ class Share:
         legal = [str(steps) for steps in range(1, per_rank + 1) if per_rank % steps == 0]
         return f", or accumulation one of {', '.join(legal)}"
 
+    def refuse_too_few(self, samples: int) -> None:
+        """Stops with code BAD_DATA where a data set cannot fill one global batch."""
+        if samples < self.batch_size:
+            raise LdmError(
+                f"{samples} samples are fewer than one global batch of {self.batch_size} "
+                f"(= {self.micro_batch} per micro-batch x {self.world_size} ranks x "
+                f"{self.accumulation} accumulation steps)",
+                where="train.batch_size",
+                fix=f"batch_size of at most {samples}, or more data",
+                code=ExitCode.BAD_DATA,
+            )
+
     @property
     def micro_batch(self) -> int:
         """Samples in one micro-batch of one rank."""
@@ -128,15 +140,7 @@ class Loader:
 
     def __post_init__(self) -> None:
         self.share = Share(self.batch_size, self.rank, self.world_size, self.accumulation)
-        if len(self.source) < self.batch_size:
-            raise LdmError(
-                f"{len(self.source)} samples are fewer than one global batch of {self.batch_size} "
-                f"(= {self.share.micro_batch} per micro-batch x {self.world_size} ranks x "
-                f"{self.accumulation} accumulation steps)",
-                where="train.batch_size",
-                fix=f"batch_size of at most {len(self.source)}, or more data",
-                code=ExitCode.BAD_DATA,
-            )
+        self.share.refuse_too_few(len(self.source))
         self._samples = _Samples(
             self.source, self.image_px, self.seed, self.crop, self.flip, self.small
         )

@@ -249,7 +249,9 @@ def _draw_places(rng: np.random.Generator, content: Content) -> list[tuple[float
             low[hub][axis] = max(low[hub][axis], low[who][axis] + reach)
         else:
             high[hub][axis] = min(high[hub][axis], high[who][axis] - reach)
-    hub_x, hub_y = (_between(rng, low[hub][axis], high[hub][axis]) for axis in (0, 1))
+    hub_x, hub_y = (_between(rng, low[hub][axis], high[hub][axis], SCATTER) for axis in (0, 1))
+    # two neighbours on one side of the hub must part across it, so they need all the room there is
+    scatter = 1.0 if len(links) == 2 and links[0][1:] == links[1][1:] else SCATTER
     if hub_x is None or hub_y is None:
         return None
     centre = (hub_x, hub_y)
@@ -257,12 +259,13 @@ def _draw_places(rng: np.random.Generator, content: Content) -> list[tuple[float
     for who, axis, sign in links:
         reach = halves[who][axis] + halves[hub][axis] + GAP
         near, far = centre[axis] + sign * reach, (low if sign < 0 else high)[who][axis]
-        along = _between(rng, min(near, far), max(near, far))
+        along = _between(rng, min(near, far), max(near, far), SCATTER)
         if along is None:
             return None
         slack = abs(along - centre[axis]) / RELATION_RATIO
         floor = max(low[who][1 - axis], centre[1 - axis] - slack)
-        across = _between(rng, floor, min(high[who][1 - axis], centre[1 - axis] + slack))
+        ceiling = min(high[who][1 - axis], centre[1 - axis] + slack)
+        across = _between(rng, floor, ceiling, scatter)
         if across is None:
             return None
         places[who] = (along, across) if axis == 0 else (across, along)
@@ -271,11 +274,11 @@ def _draw_places(rng: np.random.Generator, content: Content) -> list[tuple[float
     return [places[i] for i in range(len(halves))]
 
 
-def _between(rng: np.random.Generator, low: float, high: float) -> float | None:
-    """A draw around the middle of the room (SCATTER), or None if there is none."""
+def _between(rng: np.random.Generator, low: float, high: float, scatter: float) -> float | None:
+    """A draw from the middle of the room, from that share of it, or None if there is none."""
     if low > high:
         return None
-    return (low + high) / 2 + SCATTER * (rng.random() - 0.5) * (high - low)
+    return (low + high) / 2 + scatter * (rng.random() - 0.5) * (high - low)
 
 
 def _touch(
@@ -326,7 +329,8 @@ GAP = 3.2 / 64
 """Least distance between the bounding boxes of two objects, on the axis that parts them."""
 SCATTER = 0.4
 """The share of the room it has, around its middle, in which an object may lie. Captions say no more
-about places than the relations; all further freedom is noise to them, and slow to learn."""
+about places than the relations; all further freedom is noise to them, and slow to learn. Only two
+objects on one side of a third ("a left of b that is right of c") part over all the room."""
 RELATION_RATIO = 1.5
 """Centres are at least so many times farther apart along a relation than across it."""
 

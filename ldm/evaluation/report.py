@@ -7,6 +7,7 @@ from typing import Any
 
 from ldm import storage
 from ldm.evaluation.adherence import Adherence, contact_sheet, evaluate
+from ldm.inference.images import writable_folder
 from ldm.inference.pipeline import Pipeline
 
 ATTRIBUTES = ("background", "count", "colour", "relation", "size", "shape", "all")
@@ -57,12 +58,13 @@ def adherence_report(
         device: where to draw.
         cfg, steps: sampling settings other than those of the checkpoint.
     """
+    if out is not None:
+        writable_folder(out)  # before drawing for minutes
     pipeline = Pipeline.from_pretrained(model, device=device)
     asked = {"cfg_scale": cfg, "steps": steps}
     settings: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     result = measure(pipeline, count=count, split=split, **settings)
     if out is not None:
-        storage.make_directory(out)
         facts = {"model": model, "split": split, **settings, **as_json(result)}
         storage.write_json(out / f"adherence-{split}.json", facts)
         save_sheet(result, out / f"adherence-{split}.png")

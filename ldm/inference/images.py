@@ -45,6 +45,7 @@ class Request:
 
         Raises:
             LdmError: when a field is missing or unknown.
+            ValueError, TypeError: when a value is of another kind.
         """
         names = {field.name for field in fields(cls)}
         if values.keys() != names:
@@ -54,7 +55,19 @@ class Request:
                 where="metadata",
                 fix=f"use the version of ldm that made the picture (this is {__version__})",
             )
-        return cls(**{**values, "interval": tuple(values["interval"])})
+        legal: dict[str, tuple[type, ...]] = {
+            "str": (str,),
+            "str | None": (str, type(None)),
+            "int": (int,),
+            "float": (int, float),
+            "tuple[float, float]": (list, tuple),
+        }
+        for field in fields(cls):
+            value = values[field.name]
+            if not isinstance(value, legal[str(field.type)]) or isinstance(value, bool):
+                raise ValueError(f"{field.name} is {value!r}")
+        low, high = values["interval"]
+        return cls(**{**values, "interval": (float(low), float(high))})
 
     def settings(self) -> tuple[object, ...]:
         """What pictures must share to be drawn in one batch."""
@@ -119,7 +132,7 @@ class Pictures(Sequence[Image.Image]):
             start: number of the first file; None takes the next free number.
         """
         folder = writable_folder(Path(directory))
-        taken = [int(p.stem) for p in folder.glob("*.png") if p.stem.isdigit()]
+        taken = [int(p.stem) for p in folder.glob("*.png") if p.stem.isdecimal()]
         number = max(taken, default=-1) + 1 if start is None else start
         paths = []
         for offset, (image, request) in enumerate(zip(self.images, self.requests, strict=True)):
@@ -154,14 +167,14 @@ def writable_folder(folder: Path) -> Path:
         raise LdmError(
             f"cannot create the folder ({error.strerror})",
             where=str(folder),
-            fix="give another --out",
+            fix="choose another folder",
             code=ExitCode.IO,
         ) from None
     if not os.access(folder, os.W_OK):
         raise LdmError(
             "the folder cannot be written",
             where=str(folder),
-            fix="give another --out",
+            fix="choose another folder",
             code=ExitCode.IO,
         )
     return folder
@@ -210,7 +223,7 @@ def read_request(path: Path) -> tuple[Request, str, str]:
             fix="give a PNG that `ldm infer` wrote",
             code=ExitCode.IO,
         ) from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise LdmError(
             f"this is not a readable PNG ({error})",
             where=str(path),
@@ -225,8 +238,9 @@ def read_request(path: Path) -> tuple[Request, str, str]:
         )
     try:
         facts = json.loads(text)
-        return Request.from_json(facts["request"]), facts["model"], facts["model_path"]
-    except (ValueError, KeyError, TypeError) as error:
+        request = Request.from_json(facts["request"])
+        return request, str(facts["model"]), str(facts["model_path"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise LdmError(
             f"the request inside the picture is damaged ({error})",
             where=str(path),

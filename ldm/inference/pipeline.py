@@ -65,6 +65,7 @@ class Pipeline:
     ) -> None:
         self.vae, self.encoder, self.net, self.null = vae, encoder, net, null
         self.contract, self.name, self.identity = contract, name, identity
+        self._warned: set[tuple[int, int]] = set()  # sizes whose warning was given
         self.diffusion = Diffusion(
             named("process", PROCESSES, contract.process),
             named("prediction", PREDICTIONS, contract.prediction),
@@ -262,7 +263,9 @@ class Pipeline:
                     where="size",
                     fix=f"use {low} or {low + stride}",
                 )
-        if (request.height, request.width) != self.trained_size:
+        size = (request.height, request.width)
+        if size != self.trained_size and size not in self._warned:
+            self._warned.add(size)
             log.warning(
                 "size: the model was trained at %dx%d; %dx%d may look poor",
                 *self.trained_size,

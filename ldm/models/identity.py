@@ -5,9 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -21,6 +24,11 @@ def weights_sha256(model: nn.Module) -> str:
         digest.update(f"{name.removeprefix('text_model.')}{list(weight.shape)}".encode())
         digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def autoencoder_sha256(vae: AutoencoderKL, config: AutoencoderConfig) -> str:
+    """Hash of a VAE's weights with `config`: equal weights in other norm groups are another VAE."""
+    return value_sha256({"weights": weights_sha256(vae), "config": config.to_diffusers()})
 
 
 def value_sha256(values: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +28,8 @@ MAX_PROMPT_BYTES = 64 * 1024
 """Longer prompts are refused before they are tokenised: no encoder reads that far."""
 
 TooLong = Literal["error", "truncate"]
+
+log = logging.getLogger(__name__)
 
 
 class HuggingFaceTextEncoder(nn.Module):
@@ -178,7 +181,14 @@ class HuggingFaceTextEncoder(nn.Module):
                 where="prompt",
                 fix="shorten it, or allow truncation (too_long: truncate)",
             )
-        self.truncated_prompts += len(words) > room
+        if len(words) > room:
+            if not self.truncated_prompts:
+                log.warning(
+                    "prompt %r has more than %d tokens and is cut; others may be, silently",
+                    _start(prompt),
+                    self.max_tokens,
+                )
+            self.truncated_prompts += 1
         return [*self.prefix, *words[:room], *self.suffix]
 
     def _pool(self, states: Tensor, mask: Tensor) -> Tensor:

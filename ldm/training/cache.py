@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from ldm.data.loader import Place, Share, micro_batches
 from ldm.data.transforms import Draws, fit
 from ldm.errors import ExitCode, LdmError
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.identity import value_sha256, weights_sha256
+from ldm.models.identity import autoencoder_sha256, value_sha256
 from ldm.models.text import HuggingFaceTextEncoder
 from ldm.randomness import uniform
 from ldm.training.session import refuse_too_many_bad
@@ -91,6 +91,7 @@ class CachedLoader:
     def __init__(self, cache: Cache, share: Share, *, seed: int, flip: bool) -> None:
         self.cache, self.share, self.seed, self.flip = cache, share, seed, flip
         self.bad = cache.bad
+        share.refuse_too_few(len(cache.ids))
 
     def batches(self, cursor: int = 0) -> Iterator[Batch]:
         """Micro-batches for ever, starting where `cursor` samples were consumed by all ranks.
@@ -217,10 +218,11 @@ def _folders(
 ) -> tuple[Path, Path]:
     data, root = config.data, Path(config.cache.dir)
     # latent statistics are applied after reading, so they are not part of the key
+    layout = replace(vae.config, latents_mean=None, latents_std=None)
     moments = value_sha256(
         {
             "format": FORMAT,
-            "vae": weights_sha256(vae),
+            "vae": autoencoder_sha256(vae, layout),
             "data": source.fingerprint,
             "image_px": data.image_px,
             "mirrored": data.flip,

@@ -34,12 +34,13 @@ from ldm.checkpoint import (
     unpack,
 )
 from ldm.checkpoint.contract import NULL
+from ldm.config.files import refuse_another_experiment
 from ldm.config.schema import DataConfig, DiffusionExperiment
 from ldm.data.transforms import Draws, fit
 from ldm.errors import ExitCode, LdmError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.dit import DiT
-from ldm.models.identity import weights_sha256
+from ldm.models.identity import autoencoder_sha256
 from ldm.models.text import HuggingFaceTextEncoder
 from ldm.randomness import permutation
 from ldm.training.ema import Ema
@@ -71,13 +72,24 @@ def resume(session: Session, writer: Writer, fingerprint: str) -> Progress:
     """Restores the newest verified checkpoint of the run, or starts at step 0 if there is none.
 
     Raises:
-        LdmError: code IO when checkpoints exist but all are damaged; a run never starts over by
-            itself.
+        LdmError: code CONFIG for another experiment than the checkpoint's own configuration; code
+            IO when checkpoints exist but all are damaged, or when the run says that it
+            has one and there is none: a run never starts over by itself.
     """
     if not storage.step_directories(session.run_dir):
+        if (session.run_dir / storage.LATEST).exists():
+            raise LdmError(
+                "LATEST names a checkpoint, but the run directory holds none",
+                where=str(session.run_dir),
+                fix="put its step-* directory back, or use another run.dir to start over",
+                code=ExitCode.IO,
+            )
+        session.write_config()
         session.metrics.start(0)
         return Progress(precision=session.precision, data=fingerprint)
     folder = find_checkpoint(session.run_dir)
+    refuse_another_experiment(folder / "config.yaml", session.config)
+    session.write_config()
     tensors, facts = load_state(folder / "state", STATE_ITEMS)
     load_strict(writer.model, unpack("weights", tensors), str(folder / "state"))
     writer.ema.load_state_dict(unpack("ema", tensors))
@@ -189,7 +201,10 @@ class DiffusionWriter:
         """
         vae: AutoencoderKL = self.frozen.vae
         encoder: HuggingFaceTextEncoder = self.frozen.encoder
-        now = {"vae": weights_sha256(vae), "text_encoder": encoder.identity["weights"]}
+        now = {
+            "vae": autoencoder_sha256(vae, vae.config),
+            "text_encoder": encoder.identity["weights"],
+        }
         if self.components.exists():
             then = storage.verify(self.components)["facts"]
             if changed := [name for name, value in now.items() if then[name] != value]:

@@ -83,7 +83,7 @@ class ClipTraining:
     max_tokens: int = 77
     """Longest prompt of the encoder, control tokens included; longer captions are cut."""
     max_pairs: int = 20_000
-    """Pairs held in memory (12 KiB each at 64 px); of a larger source, the first ones."""
+    """Pairs held in memory (12 KiB each at 64 px); of a larger source, a random part."""
     held_out_pairs: int = 256
     """Pairs kept aside to measure retrieval; at most a tenth of the data."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -132,7 +132,8 @@ def train_clip(
     Returns:
         The frozen text encoder on the CPU, and JSON metrics: `loss` (mean of the last noted ones),
         `losses` ((step, loss) pairs), `retrieval` (top-1 among the held-out pairs, picture to
-        caption and caption to picture), counts and `seconds`.
+        caption and caption to picture), `forgotten` (what states do not tell of their words, see
+        `recall_loss` and `listing_loss`, nats), counts and `seconds`.
 
     Raises:
         LdmError: BAD_DATA with too few usable pairs, CONFIG for an impossible shape, NUMERICS if
@@ -159,10 +160,15 @@ def train_clip(
         model, train.pixels.to(device), (ids.to(device), mask.to(device)), config, progress
     )
     retrieval = _retrieval(model.eval(), held_out, encoder, device) if count else {}
+    some = slice(0, WORD_BATCH)
+    with torch.no_grad():
+        read = model.eval().text_model(ids[some].to(device))
+        forgotten = _forgotten(model, read, ids[some].to(device), mask[some].to(device)).item()
     metrics = {
         "loss": float(np.mean([loss for _, loss in losses[-5:]])),
         "losses": losses,
         "retrieval": retrieval,
+        "forgotten": forgotten,
         "pairs": len(train.captions),
         "held_out_pairs": count,
         "set_aside": list(pairs.set_aside),

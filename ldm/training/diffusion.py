@@ -75,6 +75,7 @@ def train_diffusion(config: DiffusionExperiment) -> Path:
         progress = resume(session, writer, source.fingerprint)
         loader = open_loader(config, source, frozen, session)
         prompts = preview_prompts(config.preview, source, heldout)
+        frozen.encoder(prompts)  # one that is too long is refused now, not at the first preview
         trained = session.prepare(torch.compile(net) if config.train.compile else net)
         batches, meter = loader.batches(progress.cursor), Meter()
         with tqdm(
@@ -96,12 +97,13 @@ def train_diffusion(config: DiffusionExperiment) -> Path:
                 bar.update()
                 if session.due(progress.step, config.run.log_every_steps):
                     session.report(progress, meter, loader.bad, bar, cached=config.cache.enabled)
-                stopping = session.stopping()
-                if stopping or session.due(progress.step, config.run.save_every_steps):
-                    writer.save(progress)
+                # before the save: a run killed in between makes this step, and its preview, again
                 if session.due(progress.step, config.preview.every_steps) and session.is_main:
                     with ema.applied(net):
                         draw_samples(config, frozen, net, prompts, progress.step)
+                stopping = session.stopping()
+                if stopping or session.due(progress.step, config.run.save_every_steps):
+                    writer.save(progress)
                 if stopping:
                     raise session.stopped(progress)
     return writer.last

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldm import storage
 from ldm.config.schema import DiffusionExperiment, PreviewConfig, VaeExperiment
+from ldm.errors import ExitCode, LdmError
 from ldm.inference.images import grid
 from ldm.inference.pipeline import Pipeline, to_images
 from ldm.models.autoencoder import AutoencoderKL
@@ -44,17 +45,33 @@ def draw_samples(
     _save(pictures.grid(), folder / f"{storage.step_name(step)}.png")
 
 
+def preview_pictures(config: VaeExperiment, source: Source) -> Tensor:
+    """The pictures that the VAE is watched on, (B, 3, px, px) in [-1, 1], at most 64.
+
+    Raises:
+        LdmError: code BAD_DATA when none of them can be read.
+    """
+    pictures = readable_pictures(source, range(min(64, len(source))), config.data)
+    if not pictures:
+        raise LdmError(
+            "none of the pictures to preview can be read",
+            where="data.holdout" if config.data.holdout else "data",
+            fix="mend the files, or change data.holdout",
+            code=ExitCode.BAD_DATA,
+        )
+    return torch.stack(pictures)
+
+
 @torch.no_grad()
 def draw_reconstructions(
-    config: VaeExperiment, vae: AutoencoderKL, source: Source, step: int
+    config: VaeExperiment, vae: AutoencoderKL, pixels: Tensor, step: int
 ) -> float:
-    """Draws pictures above their reconstructions and returns the PSNR in dB over all of them."""
+    """Draws (B, 3, H, W) above its reconstruction and returns the PSNR in dB over all of it."""
     device = next(vae.parameters()).device
-    pictures = readable_pictures(source, range(min(64, len(source))), config.data)
-    pixels = torch.stack(pictures).to(device)
+    pixels = pixels.to(device)
     moments = vae.moments(pixels)
     restored = vae.decode_raw(moments.chunk(2, dim=1)[0])
-    count = min(8, len(pictures), config.preview.count)
+    count = min(8, len(pixels), config.preview.count)
     pairs = [*to_images(pixels[:count]), *to_images(restored[:count])]
     folder = Path(config.run.dir) / "samples"
     storage.make_directory(folder)

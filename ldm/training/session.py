@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 
 from ldm import storage
 from ldm.checkpoint import agree
-from ldm.config.files import dump, refuse_another_experiment
+from ldm.config.files import dump
 from ldm.config.schema import Experiment
 from ldm.data.loader import Share
 from ldm.errors import ExitCode, LdmError
@@ -136,7 +137,7 @@ class Session:
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """The run directory is ours inside: locked, tidied, with the resolved configuration."""
+        """The run directory is ours inside: locked and tidied."""
         with ExitStack() as stack:
             self.on_main(lambda: self._open(stack))
             stack.callback(self.metrics.close)
@@ -146,15 +147,15 @@ class Session:
         storage.make_directory(self.run_dir)
         stack.enter_context(storage.claim(self.run_dir))
         storage.clean_leftovers(self.run_dir)
-        path = self.run_dir / "config.yaml"
-        if path.exists() and storage.step_directories(self.run_dir):
-            refuse_another_experiment(path, self.config)
-        storage.write_text(path, self.resolved)
 
     @property
     def resolved(self) -> str:
         """The resolved configuration as YAML."""
         return dump(self.config)
+
+    def write_config(self) -> None:
+        """Writes the resolved configuration into the run directory."""
+        self.on_main(lambda: storage.write_text(self.run_dir / "config.yaml", self.resolved))
 
     def prepare(self, model: Any) -> nn.Module:
         """The model wrapped for distribution; alone, the model itself."""
@@ -179,23 +180,25 @@ class Session:
         Raises:
             LdmError: code BAD_DATA when more samples were set aside than may be.
         """
-        values = meter.take(self.config.train.batch_size)
-        if self.world_size > 1:
-            packed = torch.tensor(list(values.values()), device=self.device)
-            means = self.accelerator.reduce(packed, "mean").tolist()
-            values = dict(zip(values, means, strict=True))
+        values = meter.take(self.config.train.batch_size, self._sum_over_ranks)
         for name in list(bad)[self.bad_named :]:
             log.warning("set aside: %s", bad[name] if name in bad[name] else f"{name}: {bad[name]}")
         self.bad_named, count = len(bad), len(bad)
-        if self.world_size > 1 and not cached:
-            total = torch.tensor([float(count)], device=self.device)
-            count = int(self.accelerator.reduce(total, "sum").item())
+        if not cached:
+            count = int(self._sum_over_ranks([float(count)])[0])
         refuse_too_many_bad(bad, count, self.samples, self.config.data.max_bad_fraction)
         if not self.is_main:
             return
         values |= {"skipped_steps": progress.skipped, "bad_samples": count}
         self.metrics.write(progress.step, values)
-        bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        bar.set_postfix(loss=f"{values.get('loss', math.nan):.4f}", refresh=False)
+
+    def _sum_over_ranks(self, values: list[float]) -> list[float]:
+        if self.world_size == 1:
+            return values
+        packed = torch.tensor(values, device=self.device)
+        sums: list[float] = self.accelerator.reduce(packed, "sum").tolist()
+        return sums
 
     def stopping(self) -> bool:
         """Whether any rank heard a signal."""
@@ -332,13 +335,20 @@ class Meter:
             self.sums[key] = self.sums.get(key, 0.0) + value.nan_to_num(nan=0.0)
             self.counts[key] = self.counts.get(key, 0.0) + known
 
-    def take(self, batch_size: int) -> dict[str, float]:
-        """The means and the throughput since the last call."""
+    def take(
+        self, batch_size: int, over_ranks: Callable[[list[float]], list[float]] = list
+    ) -> dict[str, float]:
+        """The means and the throughput since the last call; a value never given has no mean.
+
+        Args:
+            batch_size: samples per step over all ranks.
+            over_ranks: adds up numbers over all ranks.
+        """
         elapsed = time.perf_counter() - self.started
-        means = {
-            key: float(value) / max(float(self.counts[key]), 1.0)
-            for key, value in self.sums.items()
-        }
+        names = list(self.sums)
+        numbers = over_ranks([float(row[n]) for row in (self.sums, self.counts) for n in names])
+        pairs = zip(names, numbers[: len(names)], numbers[len(names) :], strict=True)
+        means = {name: total / count for name, total, count in pairs if count}
         means["images_per_second"] = self.steps * batch_size / max(elapsed, 1e-9)
         self.sums, self.counts, self.steps = {}, {}, 0
         self.started = time.perf_counter()

@@ -22,7 +22,7 @@ from ldm.randomness import generator, normal
 from ldm.training.checkpoints import VaeWriter, resume
 from ldm.training.ema import Ema
 from ldm.training.optim import learning_rate, make_optimizer
-from ldm.training.preview import draw_reconstructions
+from ldm.training.preview import draw_reconstructions, preview_pictures
 from ldm.training.session import Meter, Session
 from ldm.types import Batch
 
@@ -65,6 +65,7 @@ def train_vae(config: VaeExperiment) -> Path:
     session.samples = len(source)
     with session.opened(), session.stop.listening():
         progress = resume(session, writer, source.fingerprint)
+        shown = preview_pictures(config, heldout or source)
         trained = session.prepare(torch.compile(vae) if config.train.compile else vae)
         batches, meter = loader.batches(progress.cursor), Meter()
         with tqdm(
@@ -86,15 +87,16 @@ def train_vae(config: VaeExperiment) -> Path:
                 bar.update()
                 if session.due(progress.step, config.run.log_every_steps):
                     session.report(progress, meter, loader.bad, bar)
-                stopping = session.stopping()
-                if stopping or session.due(progress.step, config.run.save_every_steps):
-                    writer.save(progress)
+                # before the save: a run killed in between makes this step, and its preview, again
                 if session.due(progress.step, config.preview.every_steps) and session.is_main:
                     with ema.applied(vae):
-                        psnr = draw_reconstructions(config, vae, heldout or source, progress.step)
+                        psnr = draw_reconstructions(config, vae, shown, progress.step)
                     session.metrics.write(
                         progress.step, {"heldout_psnr" if heldout else "train_psnr": psnr}
                     )
+                stopping = session.stopping()
+                if stopping or session.due(progress.step, config.run.save_every_steps):
+                    writer.save(progress)
                 if stopping:
                     raise session.stopped(progress)
     return writer.last
@@ -141,14 +143,16 @@ def detail_crops(pixels: Tensor, config: DetailCropConfig, seed: int, batch: Bat
     side = config.side_px
     assert side is not None
     room = pixels.shape[-1] - side + 1
-    crops = []
-    for picture, epoch, name in zip(pixels, batch.epochs, batch.ids, strict=True):
-        places = generator(seed, "detail crop", epoch, name).integers(
-            room, size=(config.candidates, 2)
-        )
-        found = [picture[:, y : y + side, x : x + side] for y, x in places.tolist()]
-        crops.append(max(found, key=lambda crop: float(crop.var(dim=(1, 2)).sum())))
-    return torch.stack(crops)
+    found = [
+        picture[:, y : y + side, x : x + side]
+        for picture, epoch, name in zip(pixels, batch.epochs, batch.ids, strict=True)
+        for y, x in generator(seed, "detail crop", epoch, name)
+        .integers(room, size=(config.candidates, 2))
+        .tolist()
+    ]
+    crops = torch.stack(found).unflatten(0, (len(pixels), config.candidates))
+    best = crops.var(dim=(3, 4)).sum(2).argmax(1)
+    return crops[torch.arange(len(pixels)), best]
 
 
 def vae_loss(
