@@ -30,7 +30,7 @@ STAGES = (
     ("clip", "train-clip", "CLIP: captions to embeddings"),
     ("dit", "train-diffusion", "DiT: noise to latents that follow a caption"),
 )
-SECONDS = {"vae": 180.0, "clip": 15.0, "dit": 300.0}
+SECONDS = {"vae": 200.0, "clip": 8.0, "dit": 290.0}
 """Seconds of optimizer steps that each stage is planned for. The rest of twelve minutes is for what
 lies around them: reading, logging and previews (a third), the cache, starting, drawing."""
 PLAN = "demo-plan.json"
