@@ -1,8 +1,8 @@
 """`ldm demo`: the whole path on data that the project draws itself, with a report at the end.
 
 Each stage runs in a process of its own through the same commands a user would type, so the demo
-shows nothing that the scripts cannot do. Its length is planned once, from the speed of the machine,
-and written down: killing the demo and starting it again continues the same plan.
+shows nothing that the scripts cannot do. The length of each is planned once, from the speed of the
+machine, and written down: killing the demo and starting it again continues the same plan.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -30,9 +30,14 @@ STAGES = (
     ("clip", "train-clip", "CLIP: captions to embeddings"),
     ("dit", "train-diffusion", "DiT: noise to latents that follow a caption"),
 )
-SECONDS = {"vae": 200.0, "clip": 10.0, "dit": 290.0}
-"""Seconds of optimizer steps that each stage is planned for. The rest of twelve minutes is for what
-lies around them: reading, logging and previews (a third), the cache, starting, drawing."""
+TOTAL = 700.0
+"""Seconds that everything should take together; what the other stages leave is the denoiser's."""
+SECONDS = {"vae": 200.0, "clip": 10.0}
+"""Seconds of optimizer steps that a stage is planned for."""
+AROUND = 55.0
+"""Seconds of the last stages that are not optimizer steps: starting, the cache, drawing."""
+OVERHEAD = 1.2
+"""Seconds of the denoiser's stage per second of its bare optimizer steps: reading, logging."""
 PLAN = "demo-plan.json"
 BUSY = 0.7
 """Load of the last minute above which the plan is said to depend on it."""
@@ -55,19 +60,15 @@ def run_demo(configs: Path, overrides: Sequence[str] = ()) -> None:
     vae: VaeExperiment = load([files["vae"]], given["vae"], stage="vae")
     clip: ClipExperiment = load([files["clip"]], given["clip"], stage="clip")
     run_dir = Path(dit.run.dir)
-    seconds, started = _seconds(run_dir), time.perf_counter()
-    steps = _plan(run_dir, vae, clip, dit)
-    for name, config in (("vae", vae), ("clip", clip), ("dit", dit)):
-        if any(text.startswith("train.steps=") for text in given[name]):
-            steps[name] = config.train.steps
-            print(f"  {name}: {steps[name]} steps, as asked for", flush=True)
-    seconds["planning"] = seconds.get("planning", 0.0) + time.perf_counter() - started
-    changes = {name: [*given[name], f"train.steps={steps[name]}"] for name, _, _ in STAGES}
+    seconds = _seconds(run_dir)
     for number, (name, command, what) in enumerate(STAGES, start=1):
         print(f"\n[{number}/{len(STAGES) + 1}] {what}", flush=True)
         started = time.perf_counter()
         try:
-            _run(command, "--config", files[name], *changes[name])
+            if not any(text.startswith("train.steps=") for text in given[name]):
+                steps = _plan(name, vae, clip, dit, sum(seconds.values()))
+                given[name].append(f"train.steps={steps}")
+            _run(command, "--config", files[name], *given[name])
         finally:
             seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - started
             storage.make_directory(run_dir)
@@ -81,51 +82,48 @@ def run_demo(configs: Path, overrides: Sequence[str] = ()) -> None:
 
 
 def _plan(
-    run_dir: Path, vae: VaeExperiment, clip: ClipExperiment, dit: DiffusionExperiment
-) -> dict[str, int]:
-    """Optimizer steps per stage: as many as fit into SECONDS here, at most those of the recipe.
+    name: str, vae: VaeExperiment, clip: ClipExperiment, dit: DiffusionExperiment, spent: float
+) -> int:
+    """Optimizer steps of a stage: as many as fit here, at most those of its recipe.
 
-    A stage is measured once for what decides its speed; other changes keep its steps.
+    Measured once, when the stage begins, and written down, so that a demo which is started again
+    goes on with the same plan; a change of what decides the speed makes another.
+
+    Args:
+        name: vae, clip or dit.
+        vae, clip, dit: the three recipes.
+        spent: seconds that the demo has taken so far.
     """
-    path = run_dir / PLAN
-    plan: dict[str, Any] = storage.read_json(path) if path.exists() else {}
-    latents, words = vae.model.latent_channels, clip.model.width
-    stages: dict[str, tuple[VaeExperiment | ClipExperiment | DiffusionExperiment, list[Any]]] = {
-        "vae": (vae, [vae.crop.model_dump(mode="json")]),
-        "clip": (clip, []),
-        "dit": (dit, [latents, words]),
-    }
-    decides = {
-        name: [
-            config.model.model_dump(mode="json"),
-            config.train.batch_size,
-            config.train.precision,
-            config.data.image_px,
-            *more,
-        ]
-        for name, (config, more) in stages.items()
-    }
-    if missing := [n for n in stages if n not in plan or plan[n]["measured"] != decides[n]]:
-        from ldm.training.probe import clip_step_seconds, dit_step_seconds, vae_step_seconds
+    from ldm.training.probe import clip_step_seconds, dit_step_seconds, vae_step_seconds
 
-        print("measuring the speed of this machine ...", flush=True)
-        if (busy := _busy()) > BUSY:
+    config: VaeExperiment | ClipExperiment | DiffusionExperiment
+    config = vae if name == "vae" else clip if name == "clip" else dit
+    more: dict[str, list[Any]] = {
+        "vae": [vae.crop.model_dump(mode="json")],
+        "clip": [],
+        "dit": [vae.model.latent_channels, clip.model.width],
+    }
+    measure: dict[str, Callable[[], float]] = {
+        "vae": lambda: vae_step_seconds(vae),
+        "clip": lambda: clip_step_seconds(clip),
+        "dit": lambda: dit_step_seconds(dit, vae, clip),
+    }
+    model, train = config.model.model_dump(mode="json"), config.train
+    decides = [model, train.batch_size, train.precision, config.data.image_px, *more[name]]
+    path = Path(dit.run.dir) / PLAN
+    plan: dict[str, Any] = storage.read_json(path) if path.exists() else {}
+    if name not in plan or plan[name]["measured_for"] != decides:
+        if (busy := _busy()) > BUSY and not plan:
             print(f"  load of the last minute: {busy:.1f}; what runs beside the demo shortens it")
-        measure = {
-            "vae": lambda: vae_step_seconds(vae),
-            "clip": lambda: clip_step_seconds(clip),
-            "dit": lambda: dit_step_seconds(dit, vae, clip),
-        }
-        for name in missing:
-            seconds = measure[name]()
-            least = max(20, 2 * stages[name][0].optim.warmup_steps)  # on the slowest machine, too
-            fits = max(least, int(SECONDS[name] / seconds) // 10 * 10)
-            plan[name] = {"measured": decides[name], "step_seconds": seconds, "fits": fits}
-        storage.make_directory(run_dir)
+        step = measure[name]()
+        budget = SECONDS.get(name, (TOTAL - spent - AROUND) / OVERHEAD)
+        least = max(20, 2 * config.optim.warmup_steps)  # on the slowest machine, too
+        fits = max(least, int(budget / step) // 10 * 10)
+        plan[name] = {"measured_for": decides, "step_seconds": step, "fits": fits}
+        storage.make_directory(path.parent)
         storage.write_json(path, plan)
-    steps = {name: min(stages[name][0].train.steps, plan[name]["fits"]) for name in stages}
-    for name, count in steps.items():
-        print(f"  {name}: {plan[name]['step_seconds'] * 1e3:.0f} ms a step, {count} steps")
+    steps: int = min(train.steps, plan[name]["fits"])
+    print(f"  {plan[name]['step_seconds'] * 1e3:.0f} ms a step here: {steps} steps", flush=True)
     return steps
 
 

@@ -33,38 +33,48 @@ def recipes(**overrides):
     ]
 
 
-def test_a_plan_fills_the_seconds_of_each_stage_and_is_made_once(tmp_path, measured):
-    steps = demo._plan(tmp_path, *recipes())
-    assert steps["dit"] == demo.SECONDS["dit"] / 0.1
-    assert demo._plan(tmp_path, *recipes()) == steps
+def plans(tmp_path, **overrides):
+    """The planned steps of the stages of a demo in `tmp_path`, the first two taking 300 s."""
+    overrides["dit"] = [f"run.dir={tmp_path}", *overrides.get("dit", [])]
+    spent = {"vae": 0.0, "clip": 250.0, "dit": 300.0}
+    return {name: demo._plan(name, *recipes(**overrides), spent[name]) for name in spent}
+
+
+def test_a_plan_fills_the_time_and_is_made_once(tmp_path, measured):
+    steps = plans(tmp_path)
+    left = demo.TOTAL - 300.0 - demo.AROUND
+    assert steps == {"vae": 2000, "clip": 100, "dit": int(left / demo.OVERHEAD / 0.1) // 10 * 10}
+    assert plans(tmp_path) == steps
     assert measured == ["vae", "clip", "dit"]
 
 
 def test_only_what_decides_the_speed_of_a_stage_plans_it_again(tmp_path, measured):
-    demo._plan(tmp_path, *recipes())
-    demo._plan(tmp_path, *recipes(dit=["preview.count=4", "optim.learning_rate=0.1"]))
+    plans(tmp_path)
+    plans(tmp_path, dit=["preview.count=4", "optim.learning_rate=0.1"])
     assert measured == ["vae", "clip", "dit"]
-    demo._plan(tmp_path, *recipes(dit=["model.num_layers=4"]))
+    plans(tmp_path, dit=["model.num_layers=4"])
     assert measured[3:] == ["dit"]
 
 
 def test_a_recipe_with_fewer_steps_than_fit_is_not_stretched(tmp_path, measured):
-    assert demo._plan(tmp_path, *recipes(vae=["train.steps=70"]))["vae"] == 70
+    assert plans(tmp_path, vae=["train.steps=70"])["vae"] == 70
+
+
+def test_a_demo_that_is_out_of_time_still_warms_up(tmp_path, measured, monkeypatch):
+    monkeypatch.setattr(demo, "TOTAL", 0.0)
+    assert plans(tmp_path)["dit"] == 200  # twice the 100 steps of warm-up
 
 
 def test_steps_that_the_user_asks_for_are_the_ones_that_run(tmp_path, measured, monkeypatch):
     ran = []
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(demo, "_run", lambda *arguments: ran.append(arguments))
+    monkeypatch.setattr(demo, "_run", lambda *arguments: ran.append(arguments[-1]))
     monkeypatch.setattr(demo, "_measure", lambda *_: (None, 0.0))
     monkeypatch.setattr(demo, "_report", lambda *_: None)
     monkeypatch.setattr(demo, "_plot", lambda *_: None)
     demo.run_demo(ROOT / "configs/demo", ["clip.train.steps=5000"])
-    assert [arguments[-1] for arguments in ran] == [
-        f"train.steps={int(demo.SECONDS['vae'] / 0.1)}",
-        "train.steps=5000",
-        f"train.steps={int(demo.SECONDS['dit'] / 0.1)}",
-    ]
+    assert ran[:2] == ["train.steps=2000", "train.steps=5000"]
+    assert measured == ["vae", "dit"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child of its parent's end")
@@ -94,7 +104,8 @@ def test_a_stage_ends_with_a_demo_that_is_killed(tmp_path):
 def test_the_demo_plans_once_trains_all_stages_and_reports(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "PICTURES", 8)
-    monkeypatch.setattr(demo, "SECONDS", {"vae": 1.0, "clip": 1.0, "dit": 1.0})
+    monkeypatch.setattr(demo, "SECONDS", {"vae": 1.0, "clip": 1.0})
+    monkeypatch.setattr(demo, "TOTAL", 1.0)
     small = [
         "vae.data.count=64",
         "clip.data.count=300",
