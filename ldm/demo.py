@@ -32,7 +32,7 @@ STAGES = (
 )
 TOTAL = 712.0
 """Seconds that everything should take together; what the other stages leave is the denoiser's."""
-SECONDS = {"vae": 200.0, "clip": 10.0}
+SECONDS = {"vae": 165.0, "clip": 10.0}
 """Seconds of optimizer steps that a stage is planned for."""
 AROUND = 55.0
 """Seconds of the last stages that are not optimizer steps: starting, the cache, drawing."""

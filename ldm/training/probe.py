@@ -20,6 +20,9 @@ from ldm.training.optim import make_optimizer
 from ldm.training.session import resolve_precision
 
 REPEATS = 7
+"""Least number of steps that are timed."""
+SECONDS = 3.0
+"""Least time over which steps are timed: a neighbour's burst must not decide their median."""
 
 
 def vae_step_seconds(config: VaeExperiment) -> float:
@@ -95,8 +98,8 @@ def _autocast(precision: Literal["auto", "fp32", "bf16"]) -> torch.autocast:
 def _median(step: Callable[[], None]) -> float:
     step()
     step()
-    times = []
-    for _ in range(REPEATS):
+    times: list[float] = []
+    while len(times) < REPEATS or sum(times) < SECONDS:
         started = time.perf_counter()
         step()
         times.append(time.perf_counter() - started)
