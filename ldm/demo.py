@@ -30,13 +30,13 @@ STAGES = (
     ("clip", "train-clip", "CLIP: captions to embeddings"),
     ("dit", "train-diffusion", "DiT: noise to latents that follow a caption"),
 )
-TOTAL = 712.0
+TOTAL = 690.0
 """Seconds that everything should take together; what the other stages leave is the denoiser's."""
 SECONDS = {"vae": 165.0, "clip": 10.0}
 """Seconds of optimizer steps that a stage is planned for."""
 AROUND = 55.0
 """Seconds of the last stages that are not optimizer steps: starting, the cache, drawing."""
-OVERHEAD = 1.06
+OVERHEAD = 1.1
 """Seconds of the denoiser's stage per second of its bare optimizer steps: reading, logging."""
 PLAN = "demo-plan.json"
 BUSY = 0.7
