@@ -43,7 +43,8 @@ def plans(tmp_path, **overrides):
 def test_a_plan_fills_the_time_and_is_made_once(tmp_path, measured):
     steps = plans(tmp_path)
     left = demo.TOTAL - 300.0 - demo.AROUND
-    assert steps == {"vae": 2000, "clip": 100, "dit": int(left / demo.OVERHEAD / 0.1) // 10 * 10}
+    expected = {**demo.SECONDS, "dit": left / demo.OVERHEAD}
+    assert steps == {name: int(seconds / 0.1) // 10 * 10 for name, seconds in expected.items()}
     assert plans(tmp_path) == steps
     assert measured == ["vae", "clip", "dit"]
 
@@ -73,7 +74,7 @@ def test_steps_that_the_user_asks_for_are_the_ones_that_run(tmp_path, measured, 
     monkeypatch.setattr(demo, "_report", lambda *_: None)
     monkeypatch.setattr(demo, "_plot", lambda *_: None)
     demo.run_demo(ROOT / "configs/demo", ["clip.train.steps=5000"])
-    assert ran[:2] == ["train.steps=2000", "train.steps=5000"]
+    assert ran[:2] == [f"train.steps={int(demo.SECONDS['vae'] / 0.1)}", "train.steps=5000"]
     assert measured == ["vae", "dit"]
 
 
