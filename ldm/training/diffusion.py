@@ -75,7 +75,8 @@ def train_diffusion(config: DiffusionExperiment) -> Path:
         progress = resume(session, writer, source.fingerprint)
         loader = open_loader(config, source, frozen, session)
         prompts = preview_prompts(config.preview, source, heldout)
-        frozen.encoder(prompts)  # one that is too long is refused now, not at the first preview
+        if config.preview.every_steps:
+            frozen.encoder(prompts)  # one that is too long is refused now, not at the first preview
         trained = session.prepare(torch.compile(net) if config.train.compile else net)
         batches, meter = loader.batches(progress.cursor), Meter()
         with tqdm(

@@ -46,11 +46,14 @@ def draw_samples(
 
 
 def preview_pictures(config: VaeExperiment, source: Source) -> Tensor:
-    """The pictures that the VAE is watched on, (B, 3, px, px) in [-1, 1], at most 64.
+    """The pictures that the VAE is watched on, (B, 3, px, px) in [-1, 1], at most 64; none
+    where no preview is asked for.
 
     Raises:
         LdmError: code BAD_DATA when none of them can be read.
     """
+    if not config.preview.every_steps:
+        return torch.empty(0)
     pictures = readable_pictures(source, range(min(64, len(source))), config.data)
     if not pictures:
         raise LdmError(
