@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ldm import torchvision_guard
+
+torchvision_guard.install()
+
 __version__ = "0.1.0"
 __all__ = ["LdmError", "Pipeline", "__version__"]
 

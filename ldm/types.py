@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,23 +31,35 @@ class TextEmbedding:
         tokens: token states, (B, L, D).
         mask: True where a token is real, (B, L) bool; padding never influences a picture.
         pooled: one vector per prompt, (B, P), or None.
+        sizes: what SDXL is told of a picture besides its text, (B, 6): original height and width,
+            top and left of the crop, target height and width, in pixels; or None.
+        kept: what a denoiser's `prepare` computed from this text once, for all calls of a sampling
+            run; only that denoiser reads it.
     """
 
     tokens: Tensor
     mask: Tensor
     pooled: Tensor | None = None
+    sizes: Tensor | None = None
+    kept: Any = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextEmbedding:
-        """The same embedding on `device`, its floating-point parts as `dtype`."""
-        pooled = None if self.pooled is None else self.pooled.to(device, dtype)
-        return TextEmbedding(self.tokens.to(device, dtype), self.mask.to(device), pooled)
+        """The same embedding on `device`, its floating-point parts as `dtype`; nothing kept."""
+        tokens, pooled, sizes = (
+            None if part is None else part.to(device, dtype)
+            for part in (self.tokens, self.pooled, self.sizes)
+        )
+        assert tokens is not None
+        return TextEmbedding(tokens, self.mask.to(device), pooled, sizes)
 
     def __len__(self) -> int:
         return int(self.tokens.shape[0])
 
     def __getitem__(self, rows: slice | Tensor) -> TextEmbedding:
+        """Some of the rows; nothing kept."""
         pooled = None if self.pooled is None else self.pooled[rows]
-        return TextEmbedding(self.tokens[rows], self.mask[rows], pooled)
+        sizes = None if self.sizes is None else self.sizes[rows]
+        return TextEmbedding(self.tokens[rows], self.mask[rows], pooled, sizes)
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,20 @@ class Denoiser(Protocol):
     """UNet, DiT and the oracles of the tests: (x (B, C, H, W), t (B,), text) -> (B, C, H, W)."""
 
     def __call__(self, x: Tensor, t: Tensor, text: TextEmbedding) -> Tensor: ...
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """A denoiser that computes once per sampling run what depends on text and time only.
+
+    `prepare(text, clocks)` returns a function from a clock to the embedding that the denoiser is
+    called with at that clock, `kept` filled in. A clock that was not announced is computed when it
+    comes. Outputs equal those of the plain call up to rounding.
+    """
+
+    def prepare(
+        self, text: TextEmbedding, clocks: Sequence[float] = ()
+    ) -> Callable[[float], TextEmbedding]: ...
 
 
 class TextEncoder(Protocol):

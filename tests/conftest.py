@@ -10,6 +10,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import hypothesis  # noqa: E402
 import torch  # noqa: E402
 
+import ldm  # noqa: E402, F401  (before anything that imports torchvision)
+
 # a busy machine is no failure, and the same examples are tried everywhere
 hypothesis.settings.register_profile("everywhere", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("everywhere")

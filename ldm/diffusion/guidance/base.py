@@ -190,10 +190,12 @@ def stack(*embeddings: TextEmbedding) -> TextEmbedding:
     length = max(embedding.tokens.shape[1] for embedding in embeddings)
     pairs = [_lengthened(embedding, length) for embedding in embeddings]
     pooled = [embedding.pooled for embedding in embeddings if embedding.pooled is not None]
+    sizes = [embedding.sizes for embedding in embeddings if embedding.sizes is not None]
     return TextEmbedding(
         torch.cat([tokens for tokens, _ in pairs]),
         torch.cat([mask for _, mask in pairs]),
         torch.cat(pooled) if len(pooled) == len(embeddings) else None,
+        torch.cat(sizes) if len(sizes) == len(embeddings) else None,
     )
 
 
@@ -211,5 +213,8 @@ def _repeated(text: TextEmbedding, count: int) -> TextEmbedding:
             where="negative",
             fix=f"give one, or {count}",
         )
-    pooled = None if text.pooled is None else text.pooled.expand(count, -1)
-    return TextEmbedding(text.tokens.expand(count, -1, -1), text.mask.expand(count, -1), pooled)
+    pooled, sizes = (
+        None if part is None else part.expand(count, -1) for part in (text.pooled, text.sizes)
+    )
+    tokens, mask = text.tokens.expand(count, -1, -1), text.mask.expand(count, -1)
+    return TextEmbedding(tokens, mask, pooled, sizes)
