@@ -1,12 +1,11 @@
 """Text encoders: masks, padding, limits, hostile prompts, files and identity. No network."""
 
 import json
-import math
 import shutil
-import string
 
 import pytest
 import torch
+from encoders import CAPTIONS, tiny_clip, tiny_t5
 from safetensors.torch import load_file, save_file
 
 from ldm.errors import ExitCode, LdmError
@@ -18,38 +17,7 @@ from ldm.models.text import (
     train_bpe,
 )
 
-CAPTIONS = (
-    "a large red circle to the left of a small blue square on a green background",
-    "two small yellow stars",
-    "one star",
-)
 CLOSE = {"atol": 2e-6, "rtol": 0}  # states have size 1; other shapes add in another order
-
-
-def tiny_clip(**options):
-    return random_text_encoder(CAPTIONS, width=32, layers=2, max_tokens=40, **options)
-
-
-def tiny_t5(**options):
-    from transformers import T5Config, T5EncoderModel, T5Tokenizer
-
-    words = sorted({word for caption in CAPTIONS for word in caption.split()})
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -12.0)]
-    pieces += [(f"▁{word}", -math.log(len(words))) for word in words]
-    pieces += [(letter, -14.0) for letter in string.ascii_lowercase + "<>/"]
-    tokenizer = T5Tokenizer(vocab=pieces, extra_ids=0)
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=32,
-        d_kv=16,
-        d_ff=64,
-        num_layers=2,
-        num_heads=2,
-        feed_forward_proj="gated-gelu",
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return HuggingFaceTextEncoder(T5EncoderModel(config), tokenizer, **options)
 
 
 def tiny_projecting_clip():
@@ -262,6 +230,14 @@ def test_weights_saved_in_bfloat16_load_as_float32(tmp_path):
     assert {weight.dtype for weight in loaded.parameters()} == {torch.float32}
     assert load_text_encoder(tmp_path, dtype=torch.bfloat16)(["star"]).tokens.dtype == torch.float32
     assert load_text_encoder(tmp_path, dtype=torch.bfloat16).identity == loaded.identity
+
+
+def test_weights_whose_file_names_a_precision_are_found(tmp_path):
+    encoder = tiny_clip()
+    encoder.model.save_pretrained(tmp_path / "text_encoder", variant="fp16")
+    encoder.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    assert not (tmp_path / "text_encoder" / "model.safetensors").exists()
+    assert load_text_encoder(tmp_path).identity == encoder.identity
 
 
 def test_identity_changes_with_a_weight_a_word_or_a_setting():
