@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from ldm.errors import LdmError
-from ldm.models.dit import Block, DiT, DiTConfig, LocalConv, position_embedding
+from ldm.models.dit import DiT, DiTConfig
+from ldm.models.dit_blocks import Block, LocalConv, Place, Signal
+from ldm.models.positions import sincos_positions
 from ldm.types import TextEmbedding
 
 
@@ -41,12 +43,10 @@ def shaken(model, size=0.2):
 def test_a_block_is_the_identity_at_initialisation(local_conv):
     net = DiT(config(local_conv=local_conv))
     x, words = torch.randn(2, 9, 64), text()
+    signal = Signal(torch.randn(2, 64), torch.randn(2, 5, 64), words.mask)
     for block in net.transformer_blocks:
-        out = block(x, torch.randn(2, 64), torch.randn(2, 5, 64), words.mask, 3)
-        assert out.equal(x)
-    assert not shaken(Block(config()))(
-        x, torch.randn(2, 64), torch.randn(2, 5, 64), words.mask, 3
-    ).equal(x)
+        assert block(x, signal, Place(3)).equal(x)
+    assert not shaken(Block(config()))(x, signal, Place(3)).equal(x)
 
 
 def test_the_local_convolution_reaches_the_neighbours_on_the_grid_and_no_others():
@@ -122,7 +122,7 @@ def test_patches_go_back_to_where_they_came_from():
 
 
 def test_positions_tell_rows_from_columns_and_all_places_apart():
-    table = position_embedding(4, 6, 64)
+    table = sincos_positions(4, 6, 64)
     assert table.shape == (24, 64)
     assert torch.cdist(table, table).add(torch.eye(24)).min() > 0.1
     grid = table.reshape(4, 6, 64)
