@@ -34,7 +34,8 @@ class TextEmbedding:
         sizes: what SDXL is told of a picture besides its text, (B, 6): original height and width,
             top and left of the crop, target height and width, in pixels; or None.
         kept: what a denoiser's `prepare` computed from this text once, for all calls of a sampling
-            run; only that denoiser reads it.
+            run; only that denoiser reads it. Between the two it is the function from a clock to
+            the embedding for that clock, which `diffusion.denoise` asks.
     """
 
     tokens: Tensor
@@ -44,13 +45,13 @@ class TextEmbedding:
     kept: Any = None
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> TextEmbedding:
-        """The same embedding on `device`, its floating-point parts as `dtype`; nothing kept."""
-        tokens, pooled, sizes = (
-            None if part is None else part.to(device, dtype)
-            for part in (self.tokens, self.pooled, self.sizes)
-        )
-        assert tokens is not None
-        return TextEmbedding(tokens, self.mask.to(device), pooled, sizes)
+        """The same embedding on `device`, its token states as `dtype`; nothing kept.
+
+        Sizes stay what they are: bf16 cannot tell 1023 pixels from 1024.
+        """
+        pooled = None if self.pooled is None else self.pooled.to(device, dtype)
+        sizes = None if self.sizes is None else self.sizes.to(device)
+        return TextEmbedding(self.tokens.to(device, dtype), self.mask.to(device), pooled, sizes)
 
     def __len__(self) -> int:
         return int(self.tokens.shape[0])
@@ -85,6 +86,7 @@ class Batch:
         moments: (B, 2C, h, w) posterior mean and log-variance, or None.
         text: the embedded captions, or None.
         pair: the latents (B, C, h, w) at t = 0 and t = 1 of given pairs, or None.
+        sizes: original size, crop and size of each picture, (B, 6), see `TextEmbedding`; or None.
     """
 
     ids: tuple[str, ...]
@@ -96,6 +98,7 @@ class Batch:
     moments: Tensor | None = None
     text: TextEmbedding | None = None
     pair: tuple[Tensor, Tensor] | None = None
+    sizes: Tensor | None = None
 
 
 Denoise = Callable[["Tensor", Level], "Tensor"]

@@ -5,7 +5,8 @@ The only place that knows how a network's output relates to x0. No randomness, n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from ldm.diffusion.names import missing_std_error, singular_error
 from ldm.diffusion.prediction import PREDICTIONS, Prediction
 from ldm.diffusion.process import Process
-from ldm.types import Denoiser, Level, TextEmbedding
+from ldm.types import Denoiser, Level, Prepares, TextEmbedding
 
 SIGMA_FLOOR = 1e-12
 """Stands for sigma = 0, where the solutions of some rows are 0 / 0 with a finite limit."""
@@ -104,8 +105,12 @@ class Diffusion:
         x = x if x.dtype == torch.float64 else x.float()
         c, d, scale, told = _numbers(self, level)
         t = torch.full((len(x),), told, device=x.device, dtype=x.dtype)
-        y, v = self.split(net(scale * x, t, text))
+        y, v = self.split(net(scale * x, t, at_clock(text, told)))
         return c * x + d * y.to(x.dtype), v
+
+    def told(self, level: Level) -> float:
+        """The clock that a network is told at this level."""
+        return _numbers(self, level)[3]
 
     def split(self, output: Tensor) -> tuple[Tensor, Tensor]:
         """A network's output as y (B, C, ...) and v: as many channels, or none."""
@@ -129,6 +134,21 @@ class Diffusion:
             reason = f"alpha({t:g})={self.process.level(t).alpha:g}"
             legal = tuple(p.name for p in PREDICTIONS.values() if admissible(self.process, p))
             raise singular_error(self.process.name, self.prediction.name, reason, legal)
+
+
+def prepared(net: Denoiser, text: TextEmbedding, clocks: Sequence[float] = ()) -> TextEmbedding:
+    """`text` for many calls of `net` with unchanged weights: what it can compute once is kept.
+
+    `denoise` then hands the network what belongs to the clock it is told (`at_clock`); anything
+    else may read the embedding as before. See `ldm.types.Prepares`.
+    """
+    return replace(text, kept=net.prepare(text, clocks)) if isinstance(net, Prepares) else text
+
+
+def at_clock(text: TextEmbedding, clock: float) -> TextEmbedding:
+    """What a network is called with at this clock: the text itself, unless it was `prepared`."""
+    found: TextEmbedding = text.kept(clock) if callable(text.kept) else text
+    return found
 
 
 @lru_cache(maxsize=4096)

@@ -26,6 +26,7 @@ def diffusion_loss(
     t: Tensor,
     eps: Tensor,
     weighting: Weighting | None = None,
+    counted: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error of each sample, (B,), in x0's dtype.
 
@@ -41,6 +42,7 @@ def diffusion_loss(
         eps: standard normal draws of the shape of x0.
         weighting: weight of the squared error of x0, whatever is predicted; None leaves the plain
             error of the prediction.
+        counted: the places (B, 1, ...) bool that the error is the mean of; None is all of them.
     """
     process = diffusion.process
     t = grid_time(process, t) if diffusion.learned_variance else t.double()
@@ -49,13 +51,13 @@ def diffusion_loss(
     scaled = over(diffusion.input_scale(alpha, sigma), x0) * x_t
     output = net(scaled, process.told(t).to(x0.device, x0.dtype), text).to(x0.dtype)
     y, v = diffusion.split(output)
-    losses = (y - diffusion.target(x0, eps, alpha, sigma)).square().flatten(1).mean(1)
+    losses = _mean((y - diffusion.target(x0, eps, alpha, sigma)).square(), counted)
     if weighting is not None:
         losses = losses * (weighting(process, t) * diffusion.x0_gain(alpha, sigma)).to(losses)
     if diffusion.learned_variance:
         guess = diffusion.x0(x_t, y.detach(), alpha, sigma)
         # one step of T drawn alike stands for the sum of all
-        losses = losses + VLB_SHARE * VLB_STEPS * variance_loss(process, t, x0, guess, v)
+        losses = losses + VLB_SHARE * VLB_STEPS * variance_loss(process, t, x0, guess, v, counted)
     return losses
 
 
@@ -65,7 +67,14 @@ def grid_time(process: Process, t: Tensor) -> Tensor:
     return index / VLB_STEPS * process.t_max
 
 
-def variance_loss(process: Process, t: Tensor, x0: Tensor, guess: Tensor, v: Tensor) -> Tensor:
+def variance_loss(
+    process: Process,
+    t: Tensor,
+    x0: Tensor,
+    guess: Tensor,
+    v: Tensor,
+    counted: Tensor | None = None,
+) -> Tensor:
     """One term of the variational bound in nats per dimension, (B,), for grid times t (B,).
 
     KL(q(x_s | x_t, x0) || p) of the step down to s = t - 1 / T, where p has the posterior's mean
@@ -79,7 +88,15 @@ def variance_loss(process: Process, t: Tensor, x0: Tensor, guess: Tensor, v: Ten
     offset = torch.where(is_last, (2 * math.pi * low).log(), -1.0)
     spread = over((~is_last).double(), x0) + over(pull.square() / low, x0) * (x0 - guess).square()
     terms = (log_ratio + over(offset, x0) + spread * (-log_ratio).exp()) / 2
-    return terms.flatten(1).mean(1)
+    return _mean(terms, counted)
+
+
+def _mean(errors: Tensor, counted: Tensor | None) -> Tensor:
+    """Of each sample (B, C, ...), over the places (B, 1, ...) that are counted: (B,)."""
+    if counted is None:
+        return errors.flatten(1).mean(1)
+    total = counted.expand_as(errors).flatten(1).sum(1)
+    return errors.masked_fill(~counted, 0).flatten(1).sum(1) / total
 
 
 def _steps(process: Process, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -11,43 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SHORT = 256
-"""Up to this many queries and keys, bf16 attention on a CPU is spelled out: the backward pass of
-the fused kernel takes 1.5 to 6 times as long there (Zen 5, torch 2.13). fp32 always fuses."""
+from ldm.models.attention import attend
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1).
-
-    Args:
-        q: queries, (B, heads, Lq, D).
-        k: keys, (B, heads, Lk, D).
-        v: values, (B, heads, Lk, D).
-        mask: (B, Lk) bool, True where a key is real; None when all are.
-
-    Returns:
-        (B, heads, Lq, D). A row without any real key gives zeros: padding never leaks in.
-    """
-    if mask is None:
-        return _attention(q, k, v, None)
-    # A softmax over nothing is 0/0, which some kernels return as NaN: such a row looks at
-    # everything and is zeroed afterwards, so values and gradients stay finite on every backend.
-    real = mask.any(dim=1, keepdim=True)
-    visible = (mask | ~real)[:, None, None, :]
-    return _attention(q, k, v, visible) * real[:, :, None, None]
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None) -> Tensor:
-    short = max(q.shape[2], k.shape[2]) <= SHORT
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not short:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
-    logits = (q * q.shape[-1] ** -0.5) @ k.mT
-    if visible is not None:
-        logits = logits.masked_fill(~visible, float("-inf"))
-    return logits.softmax(-1) @ v
-
-
-def timestep_embedding(t: Tensor, dim: int) -> Tensor:
+def timestep_embedding(t: Tensor, dim: int, frequency_shift: int = 0) -> Tensor:
     """Sinusoidal features of time: cosines first, frequencies 10000^(-i / (dim / 2)).
 
     Source: Vaswani et al. 2017, section 3.5, in the order that Stable Diffusion was trained with
@@ -56,6 +23,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     Args:
         t: the network's clock, (B,), usually 0..999; fractions are allowed.
         dim: even width of the result.
+        frequency_shift: subtracted from dim / 2 in the exponent, as some diffusers models have it.
 
     Returns:
         (B, dim) float32.
@@ -63,7 +31,8 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     assert dim % 2 == 0, f"dim must be even, got {dim}"
     steps = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
     # float32 whatever the autocast: bf16 cannot tell t = 998 from t = 999
-    angles = t.float()[:, None] * torch.exp(-math.log(10_000) / (dim // 2) * steps)
+    decay = -math.log(10_000) / (dim // 2 - frequency_shift)
+    angles = t.float()[:, None] * torch.exp(decay * steps)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -108,11 +77,11 @@ class ResnetBlock(nn.Module):
         same = in_channels == out_channels
         self.conv_shortcut = None if same else nn.Conv2d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, time: Tensor | None = None) -> Tensor:
-        """(B, in, H, W) -> (B, out, H, W); `time` (B, time_width) has passed its SiLU already."""
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """(B, in, H, W) -> (B, out, H, W); `shift` is what `time_emb_proj` says, (B or 1, out)."""
         h = self.conv1(F.silu(self.norm1(x)))
-        if self.time_emb_proj is not None:
-            h = h + self.time_emb_proj(time)[:, :, None, None]
+        if shift is not None:
+            h = h + shift[:, :, None, None]
         h = self.conv2(F.silu(self.norm2(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
@@ -158,6 +127,8 @@ class Attention(nn.Module):
         bias: whether q, k and v have biases; `to_out.0` always has one.
     """
 
+    kernel = "auto"  # of `attend`; see `use_attention`
+
     def __init__(
         self, width: int, heads: int, context_width: int | None = None, bias: bool = False
     ) -> None:
@@ -169,17 +140,28 @@ class Attention(nn.Module):
         self.to_v = nn.Linear(context_width or width, width, bias=bias)
         self.to_out = nn.ModuleList([nn.Linear(width, width)])
 
+    def keys_values(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens (B, Lk, context_width) -> keys and values, each (B, heads, Lk, width / heads)."""
+        return self._split(self.to_k(context)), self._split(self.to_v(context))
+
     def forward(
-        self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None
+        self,
+        x: Tensor,
+        keys_values: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
     ) -> Tensor:
-        """(B, L, width) looks at `context` (B, Lk, context_width), or at itself -> (B, L, width).
+        """(B, L, width) looks at what `keys_values` were made of, or at itself -> (B, L, width).
 
         `mask` is (B, Lk) bool, True where a token is real.
         """
-        context = x if context is None else context
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
-        return self.to_out[0](attend(q, k, v, mask).transpose(1, 2).flatten(2))
+        q = self._split(self.to_q(x))  # first: backward adds up in the reverse order of calls
+        k, v = self.keys_values(x) if keys_values is None else keys_values
+        out = attend(q, k, v, mask, self.kernel)
+        return self.to_out[0](out.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        batch, length, _ = x.shape
+        return x.view(batch, length, self.heads, -1).transpose(1, 2)
 
 
 class GEGLU(nn.Module):
@@ -207,4 +189,5 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, L, width) -> (B, L, width)."""
-        return self.net(x)
+        gated, _, out = self.net
+        return out(gated(x))

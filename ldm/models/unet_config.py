@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ldm.errors import ExitCode, LdmError
 from ldm.models.interchange import accept, jsonable
+
+SIZE_FEATURES = 256
+"""Sinusoidal features of each number of size and crop in SDXL."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,12 @@ class UNetConfig:
         norm_eps: of the norms in resnet blocks.
         use_linear_projection: Stable Diffusion 2's linear layers around the transformer blocks
             where 1 has 1x1 convolutions; only the shape of the weights differs.
+        addition_embed_type: "text_time" adds SDXL's embedding of the pooled text vector and the
+            numbers of size and crop to the time signal (Podell et al. 2023, arXiv 2307.01952,
+            section 2.2); None adds nothing.
+        addition_time_embed_dim: sinusoidal features of each of those numbers, 256 in SDXL.
+        projection_class_embeddings_input_dim: width of the pooled vector plus that of all numbers,
+            2816 = 1280 + 6 * 256 in SDXL.
 
     Raises:
         LdmError: a combination that cannot be built, with a legal one (code CONFIG).
@@ -48,6 +57,9 @@ class UNetConfig:
     norm_num_groups: int = 32
     norm_eps: float = 1e-5
     use_linear_projection: bool = False
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("in_channels", "out_channels", "layers_per_block", "cross_attention_dim"):
@@ -73,6 +85,7 @@ class UNetConfig:
                     known = ", ".join(BLOCK_TYPES[name])
                     raise _wrong(name, f"has {kind!r}", f"the known ones are {known}")
         self._check_widths()
+        self._check_addition()
 
     def _check_widths(self) -> None:
         for width, heads in zip(self.block_out_channels, self.heads, strict=True):
@@ -88,6 +101,43 @@ class UNetConfig:
                     f"{heads} heads do not divide the width {width}",
                     "give the number of heads, such as width / 64 per level",
                 )
+
+    def _check_addition(self) -> None:
+        if self.addition_embed_type not in (None, "text_time"):
+            raise _wrong(
+                "addition_embed_type", f"is {self.addition_embed_type!r}", "use null or 'text_time'"
+            )
+        if self.addition_embed_type is None:
+            return
+        features, total = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
+        if features is None or features < 2 or features % 2:
+            raise _wrong("addition_time_embed_dim", f"is {features}", "use an even number, 256")
+        if total is None or total <= features:
+            raise _wrong(
+                "projection_class_embeddings_input_dim",
+                f"is {total}",
+                f"give the width of the pooled text vector + 6 * {features}",
+            )
+
+    def with_sizes(self, pooled_width: int | None) -> UNetConfig:
+        """The same UNet that also reads a pooled vector of this width and six sizes, as SDXL does.
+
+        Raises:
+            LdmError: there is no pooled vector.
+        """
+        if not pooled_width:
+            raise LdmError(
+                "this text encoder has no pooled vector, which belongs to SDXL's conditioning",
+                where="model.size_conditioning",
+                fix="use model.size_conditioning=false, or a CLIP text encoder",
+                code=ExitCode.CONFIG,
+            )
+        return replace(
+            self,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=SIZE_FEATURES,
+            projection_class_embeddings_input_dim=pooled_width + 6 * SIZE_FEATURES,
+        )
 
     @property
     def heads(self) -> tuple[int, ...]:
@@ -139,12 +189,14 @@ DIFFUSERS_DEFAULTS: dict[str, Any] = {
     "norm_num_groups": 32,
     "norm_eps": 1e-5,
     "use_linear_projection": False,
+    "addition_embed_type": None,
+    "addition_time_embed_dim": None,
+    "projection_class_embeddings_input_dim": None,
 }
 """What diffusers assumes for an absent key."""
 
 FIXED: dict[str, Any] = {
     "act_fn": "silu",
-    "addition_embed_type": None,
     "attention_type": "default",
     "center_input_sample": False,
     "class_embed_type": None,
@@ -176,11 +228,6 @@ FIXED: dict[str, Any] = {
     "timestep_post_act": None,
 }
 
-HARMLESS = (
-    "upcast_attention",
-    "addition_embed_type_num_heads",
-    "addition_time_embed_dim",
-    "projection_class_embeddings_input_dim",
-)
-"""The first is about fp16 overflow in a kernel that is not used here; the others need
-`addition_embed_type` or `class_embed_type` to mean anything."""
+HARMLESS = ("upcast_attention", "addition_embed_type_num_heads")
+"""The first is about fp16 overflow in a kernel that is not used here; the second belongs to an
+`addition_embed_type` that is not built here."""

@@ -7,14 +7,14 @@ depends on another of its batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ldm.diffusion.core import Diffusion
+from ldm.diffusion.core import Diffusion, prepared
 from ldm.errors import LdmError
 from ldm.types import Denoise, Denoiser, Level, TextEmbedding
 
@@ -37,6 +37,8 @@ class Model:
         null: the empty prompt, or negative prompts in its place: B rows or 1, of any length L.
         ask: used instead of `diffusion.denoise`. When it returns 2C channels, x0 and a learned
             variance's v, the rules guide x0 and return the prompt's own v behind it.
+        levels: those that will be asked about, where they are known: what a network computes of
+            time alone is then computed in one batch.
     """
 
     diffusion: Diffusion
@@ -44,19 +46,30 @@ class Model:
     text: TextEmbedding
     null: TextEmbedding
     ask: Ask | None = None
+    levels: Iterable[Level] = ()
 
     def asked(self, *texts: TextEmbedding) -> Answers:
         """One call with len(texts) B rows, in the order of the texts.
+
+        What is returned serves one run: at its first call without gradients the network computes
+        what depends on the texts alone, and keeps it (`core.prepared`).
 
         Raises:
             LdmError: a text with as many rows as neither 1 nor B.
         """
         rows = stack(*(_repeated(text, len(self.text)) for text in texts))
         ask = self.ask or self.diffusion.denoise
+        ready: TextEmbedding | None = None
 
         def answers(x: Tensor, level: Level) -> tuple[Tensor, ...]:
+            nonlocal ready
             many = x if len(texts) == 1 else torch.cat([x] * len(texts))
-            return ask(self.net, many, level, rows).chunk(len(texts))
+            if torch.is_grad_enabled():  # what is kept is a constant, and has no gradient
+                return ask(self.net, many, level, rows).chunk(len(texts))
+            if ready is None:
+                clocks = [self.diffusion.told(level) for level in self.levels]
+                ready = prepared(self.net, rows, clocks)
+            return ask(self.net, many, level, ready).chunk(len(texts))
 
         return answers
 
