@@ -12,7 +12,9 @@ from ldm.config.schema import DetailCropConfig, VaeLossConfig, VaeRef
 from ldm.data.transforms import Draws, fit
 from ldm.training.checkpoints import latent_statistics
 from ldm.training.preview import psnr
-from ldm.training.vae import detail_crops, train_vae, vae_loss
+from ldm.training.vae import train_vae
+from ldm.training.vae_loss import vae_loss
+from ldm.training.vae_step import detail_crops
 from ldm.types import Batch
 
 
