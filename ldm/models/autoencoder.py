@@ -6,13 +6,16 @@ B batch, C latent channels, H, W pixels, h, w latent size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import LdmError
+from ldm.models.attention import attend
 from ldm.models.autoencoder_config import AutoencoderConfig
-from ldm.models.layers import Downsample, ResnetBlock, Upsample, attend
+from ldm.models.layers import Downsample, ResnetBlock, Upsample
 
 __all__ = ["AutoencoderConfig", "AutoencoderKL"]
 
@@ -60,10 +63,7 @@ class AutoencoderKL(nn.Module):
         """
         check_size(pixels.shape[2], pixels.shape[3], self.downsample_factor)
         h = self.encoder(pixels)
-        h = h if self.quant_conv is None else self.quant_conv(h)
-        h = h.to(torch.promote_types(h.dtype, torch.float32))  # autocast gives bf16: exp() below
-        mean, logvar = h.chunk(2, dim=1)
-        return torch.cat([mean, logvar.clamp(-30.0, 20.0)], dim=1)
+        return clamped(h if self.quant_conv is None else self.quant_conv(h))
 
     def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Raw posterior sample z = mean + std * noise, (B, C, h, w); noise 0 gives the mean."""
@@ -76,12 +76,12 @@ class AutoencoderKL(nn.Module):
 
     def normalise(self, z: Tensor) -> Tensor:
         """Raw z to latents: (z - mean) * scaling_factor / std."""
-        shift, scale = self._shift_and_scale(z)
+        shift, scale = shift_and_scale(self.config, z)
         return (z - shift) * scale
 
     def denormalise(self, latents: Tensor) -> Tensor:
         """Latents to raw z, the inverse of `normalise`."""
-        shift, scale = self._shift_and_scale(latents)
+        shift, scale = shift_and_scale(self.config, latents)
         return latents / scale + shift
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -96,16 +96,24 @@ class AutoencoderKL(nn.Module):
         """See `kl_divergence`."""
         return kl_divergence(moments)
 
-    def _shift_and_scale(self, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
-        config = self.config
-        if config.latents_mean is None or config.latents_std is None:
-            return config.shift_factor or 0.0, config.scaling_factor
-        # From the configuration, not from buffers: diffusers' state_dict has none of them.
-        mean, std = (
-            torch.tensor(row, dtype=like.dtype, device=like.device)[:, None, None]
-            for row in (config.latents_mean, config.latents_std)
-        )
-        return mean, config.scaling_factor / std
+
+def shift_and_scale(config: Any, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """What makes latents of raw z: (z - shift) * scale, per channel where they were measured."""
+    if config.latents_mean is None or config.latents_std is None:
+        return config.shift_factor or 0.0, config.scaling_factor
+    # From the configuration, not from buffers: diffusers' state_dict has none of them.
+    mean, std = (
+        torch.tensor(row, dtype=like.dtype, device=like.device)[:, None, None]
+        for row in (config.latents_mean, config.latents_std)
+    )
+    return mean, config.scaling_factor / std
+
+
+def clamped(h: Tensor) -> Tensor:
+    """What an encoder says (B, 2C, h, w) as moments: float32 up, log-variance in [-30, 20]."""
+    h = h.to(torch.promote_types(h.dtype, torch.float32))  # autocast gives bf16: exp() follows
+    mean, logvar = h.chunk(2, dim=1)
+    return torch.cat([mean, logvar.clamp(-30.0, 20.0)], dim=1)
 
 
 def kl_divergence(moments: Tensor) -> Tensor:
@@ -153,12 +161,14 @@ class Encoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
+    def layers(self) -> list[nn.Module]:
+        """Everything before `conv_norm_out`, in order."""
+        return [self.conv_in, *_layers_of(self.down_blocks), *self.mid_block.layers()]
+
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, 2C, h, w)."""
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        x = self.mid_block(x)
+        for layer in self.layers():
+            x = layer(x)
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 
@@ -179,12 +189,15 @@ class Decoder(nn.Module):
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
 
+    def layers(self) -> list[nn.Module]:
+        """Everything before `conv_norm_out`, in order."""
+        return [self.conv_in, *self.mid_block.layers(), *_layers_of(self.up_blocks)]
+
     def forward(self, z: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, 3, H, W)."""
-        x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+        for layer in self.layers():
+            z = layer(z)
+        return self.conv_out(F.silu(self.conv_norm_out(z)))
 
 
 class DownBlock(nn.Module):
@@ -199,11 +212,9 @@ class DownBlock(nn.Module):
             [Downsample(out_channels, asymmetric=True)] if downsample else []
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in, H, W) -> (B, out, H / 2, W / 2), or H, W at the coarsest level."""
-        for layer in (*self.resnets, *self.downsamplers):
-            x = layer(x)
-        return x
+    def layers(self) -> list[nn.Module]:
+        """In order: (B, in, H, W) -> (B, out, H / 2, W / 2), or H, W at the coarsest level."""
+        return [*self.resnets, *self.downsamplers]
 
 
 class UpBlock(nn.Module):
@@ -216,11 +227,9 @@ class UpBlock(nn.Module):
         self.resnets = _resnets(in_channels, out_channels, config, config.layers_per_block + 1)
         self.upsamplers = nn.ModuleList([Upsample(out_channels)] if upsample else [])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, in, H, W) -> (B, out, 2H, 2W), or H, W at the finest level."""
-        for layer in (*self.resnets, *self.upsamplers):
-            x = layer(x)
-        return x
+    def layers(self) -> list[nn.Module]:
+        """In order: (B, in, H, W) -> (B, out, 2H, 2W), or H, W at the finest level."""
+        return [*self.resnets, *self.upsamplers]
 
 
 class MidBlock(nn.Module):
@@ -235,15 +244,15 @@ class MidBlock(nn.Module):
             else []
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, h, w)."""
-        for layer in (self.resnets[0], *self.attentions, self.resnets[1]):
-            x = layer(x)
-        return x
+    def layers(self) -> list[nn.Module]:
+        """In order, each (B, C, h, w) -> (B, C, h, w)."""
+        return [self.resnets[0], *self.attentions, self.resnets[1]]
 
 
 class PixelAttention(nn.Module):
     """Every position looks at every other with one head as wide as the channels."""
+
+    kernel = "auto"  # of `attend`; see `use_attention`
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
@@ -253,12 +262,20 @@ class PixelAttention(nn.Module):
         self.to_v = nn.Linear(channels, channels)
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, h, w)."""
+    def forward(self, x: Tensor, queries: int | None = None) -> Tensor:
+        """(B, C, h, w) -> (B, C, h, w), `queries` positions at a time or all at once."""
         tokens = self.group_norm(x).flatten(2).transpose(1, 2)  # (B, h * w, C)
-        q, k, v = (to(tokens)[:, None] for to in (self.to_q, self.to_k, self.to_v))
-        out = self.to_out[0](attend(q, k, v)[:, 0])
-        return x + out.transpose(1, 2).reshape(x.shape)
+        k, v = self.to_k(tokens)[:, None], self.to_v(tokens)[:, None]
+        parts = tokens.split(queries or tokens.shape[1], dim=1)
+        out = [
+            self.to_out[0](attend(self.to_q(part)[:, None], k, v, None, self.kernel)[:, 0])
+            for part in parts
+        ]
+        return x + torch.cat(out, dim=1).transpose(1, 2).reshape(x.shape)
+
+
+def _layers_of(blocks: nn.ModuleList) -> list[nn.Module]:
+    return [layer for block in blocks for layer in block.layers()]  # type: ignore[operator]
 
 
 def _resnets(
