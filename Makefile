@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test test-slow lint
+.PHONY: install demo test test-slow lint benchmark
 
 install: $(STAMP)
 
@@ -29,3 +29,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# every row of docs/benchmarks.md on one core; ONLY="unet dit" measures some groups
+benchmark: install
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks --page $(if $(ONLY),--only $(ONLY))

@@ -9,16 +9,25 @@ from ldm.diffusion.names import GUIDANCE_NAMES
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import SPACINGS
 
+MODEL = "run, checkpoint, diffusers directory, Hub id or single .safetensors file"
 SOLVER = ("steps", "sampler", "spacing", "eta")
 """Options that are settings of the pipeline, under the same name."""
 
 
 def infer(parser: argparse.ArgumentParser) -> None:
     """`ldm infer`."""
-    parser.add_argument("--model", required=True, help="run directory or checkpoint")
+    parser.add_argument("--model", required=True, help=MODEL)
+    published(parser)
+    lora(parser)
     parser.add_argument("--prompt", action="append", help="what to draw; may be repeated")
     parser.add_argument("--prompt-file", help="file with one prompt a line")
     parser.add_argument("--negative", help="what to steer away from")
+    parser.add_argument(
+        "--weighting",
+        action="store_true",
+        default=None,
+        help="read (word:1.3) and [word] in the prompts as emphasis",
+    )
     parser.add_argument("--steps", type=int, help="solver steps")
     parser.add_argument("--sampler", help=", ".join(SAMPLERS))
     parser.add_argument("--spacing", help=", ".join(SPACINGS))
@@ -31,7 +40,72 @@ def infer(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", default="outputs", help="folder for the pictures")
     parser.add_argument("--grid", help="also write all pictures on one sheet to this file")
     parser.add_argument("--batch-size", type=int, default=16, help="pictures drawn at once")
+    parser.add_argument(
+        "--vae-tile",
+        type=int,
+        metavar="PX",
+        help="decode in strips PX pixels high; 0: in one piece (default: strips over a megapixel)",
+    )
+    parser.add_argument(
+        "--attention",
+        default="auto",
+        choices=("auto", "sdpa", "xformers", "flex"),
+        help="kernel of the network's attention (default: auto)",
+    )
+    parser.add_argument(
+        "--cpu-kernels",
+        default="auto",
+        choices=("auto", "plain", "tuned"),
+        help="on a CPU: plain is torch's own way, tuned is faster (default: as a probe says)",
+    )
     parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU when there is one)")
+
+
+def published(parser: argparse.ArgumentParser) -> None:
+    """What somebody else's model may leave open."""
+    parser.add_argument("--prediction", help="of a single file of SD 2: eps, or v (768 pixels)")
+    parser.add_argument("--variant", help="of a diffusers directory's weight files, such as fp16")
+    parser.add_argument("--tokenizer", metavar="DIR", help="of a single file's text encoder")
+    parser.add_argument(
+        "--allow-unused", action="store_true", help="a single file may hold unknown tensors"
+    )
+
+
+def export(parser: argparse.ArgumentParser) -> None:
+    """`ldm export`."""
+    parser.add_argument("--model", required=True, help=MODEL)
+    parser.add_argument(
+        "--to",
+        required=True,
+        choices=("diffusers", "single-file"),
+        help="diffusers: a directory; single-file: the original layout of Stable Diffusion",
+    )
+    parser.add_argument("--out", required=True, help="new directory")
+    parser.add_argument(
+        "--verify", action="store_true", help="draw with both and compare every call; run the code"
+    )
+    parser.add_argument("--prompt", action="append", help="of the samples; may be repeated")
+    parser.add_argument("--license", help="for the model card, such as apache-2.0")
+    parser.add_argument("--title", help="of the model card (default: name of the run)")
+    parser.add_argument("--push", metavar="REPO_ID", help="upload to this repository of the Hub")
+    published(parser)
+
+
+def convert(parser: argparse.ArgumentParser) -> None:
+    """`ldm convert`."""
+    parser.add_argument("source", metavar="IN", help="pickled weights: .ckpt, .bin, .pth, .pt")
+    parser.add_argument("target", metavar="OUT", help="new .safetensors file")
+
+
+def lora(parser: argparse.ArgumentParser) -> None:
+    """Adapters to draw with."""
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[=STRENGTH]",
+        help="merge these adapters into the model; may be repeated",
+    )
 
 
 def reflow(parser: argparse.ArgumentParser) -> None:
@@ -139,6 +213,39 @@ def memorisation(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     _drawing(parser)
+
+
+def vae_doctor(parser: argparse.ArgumentParser) -> None:
+    """`ldm vae doctor`."""
+    parser.add_argument("--model", required=True, help="run, checkpoint, or directory of a VAE")
+    pictures = parser.add_mutually_exclusive_group()
+    pictures.add_argument(
+        "--config", metavar="YAML", help="pictures of this experiment (default: of the run)"
+    )
+    pictures.add_argument("--pictures", type=Path, metavar="DIR", help="pictures of a folder")
+    parser.add_argument("-n", "--n", type=int, default=64, help="pictures to examine")
+    parser.add_argument("--px", type=int, help="side of the pictures (default: as in training)")
+    parser.add_argument(
+        "--features",
+        metavar="RUN",
+        help="describe pictures for the Frechet distance by the vision tower of this run of "
+        "train-clip (default: fixed random convolutions)",
+    )
+    parser.add_argument("--lpips", metavar="PATH", help="weights of LPIPS (default: torch's cache)")
+    parser.add_argument("--out", type=Path, help="folder for vae-doctor.json and vae-doctor.png")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
+    parser.add_argument("--device", help="cpu, cuda, ... (default: a GPU when there is one)")
+
+
+def model_info(parser: argparse.ArgumentParser) -> None:
+    """`ldm model info`."""
+    parser.add_argument(
+        "name", help="published network (see `ldm model list`), experiment file, run or directory"
+    )
+    parser.add_argument(
+        "--size", help="SIDE or WIDTHxHEIGHT: latent of a denoiser, pixels of an autoencoder"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def emoji(parser: argparse.ArgumentParser) -> None:

@@ -87,6 +87,10 @@ def _parser() -> argparse.ArgumentParser:
     show = config.add_subparsers(dest="action", required=True, metavar="ACTION")
     _configured(_command(show, "show", "print the resolved configuration", commands.config_show))
     arguments.infer(_command(top, "infer", "draw pictures from prompts", commands.infer))
+    what = "write a model for diffusers, ComfyUI and others"
+    arguments.export(_command(top, "export", what, commands.export))
+    what = "read pickled weights safely and write them as safetensors"
+    arguments.convert(_command(top, "convert", what, commands.convert))
     what = "make pictures from pictures, by a model trained on pairs"
     arguments.translate(_command(top, "translate", what, commands.translate))
     what = "draw pairs of noise and latents, to train a straighter model on"
@@ -99,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     replay = _command(top, "replay", "draw a picture again from its metadata", commands.replay)
     replay.add_argument("picture", help="PNG that `ldm infer` wrote")
     replay.add_argument("--model", help="model directory, when it has moved")
+    arguments.lora(replay)
     replay.add_argument("--guide", help="directory of the weaker model, when it has moved")
     replay.add_argument("--out", default="outputs", help="folder for the picture")
     replay.add_argument("--device", help="cpu, cuda, ... (default: a GPU when there is one)")
@@ -112,6 +117,15 @@ def _parser() -> argparse.ArgumentParser:
         measures, "memorisation", "copies of training pictures", commands.memorisation
     )
     arguments.memorisation(copies)
+    vae = top.add_parser("vae", help="look at an autoencoder")
+    checks = vae.add_subparsers(dest="check", required=True, metavar="CHECK")
+    what = "examine an autoencoder on held-out pictures"
+    arguments.vae_doctor(_command(checks, "doctor", what, commands.vae_doctor))
+    model = top.add_parser("model", help="look at networks")
+    views = model.add_subparsers(dest="action", required=True, metavar="ACTION")
+    what = "parameters, operations and memory of a network"
+    arguments.model_info(_command(views, "info", what, commands.model_info))
+    _command(views, "list", "published networks known by name", commands.model_list)
     data = top.add_parser("data", help="make data sets")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND")
     what = "emoji with their names, as an image folder"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from ldm.errors import ExitCode, LdmError
 STAGES = {"train-vae": "vae", "train-clip": "clip", "train-diffusion": "diffusion"}
 INFER_SETTINGS = (
     *("steps", "sampler", "spacing", "eta", "guidance", "rescale", "threshold"),
-    *("threshold_limit", "apg_eta", "apg_norm", "apg_momentum"),
+    *("threshold_limit", "apg_eta", "apg_norm", "apg_momentum", "weighting"),
 )
 """Options of `ldm infer` that are settings of the pipeline, under the same name."""
 
@@ -62,13 +63,20 @@ def infer(args: argparse.Namespace) -> None:
         writable_folder(Path(folder))
     from ldm.inference.guiding import refuse_unused
     from ldm.inference.pipeline import Pipeline
+    from ldm.models.tiling import check_strips
 
     refuse_unused(args.guidance, guide=args.guide is not None)
-    pipeline = Pipeline.from_pretrained(args.model, device=args.device)
+    options = _published(args)
+    kernels = {"attention": args.attention, "cpu_kernels": args.cpu_kernels}
+    pipeline = Pipeline.from_pretrained(
+        args.model, device=args.device, options=options, lora=args.lora, **kernels
+    )
     if args.guide is not None:
         pipeline = pipeline.guided_by(
             guide=Pipeline.from_pretrained(args.guide, device=args.device)
         )
+    check_strips(pipeline.vae, args.vae_tile)
+    pipeline.vae_tile_px = args.vae_tile
     asked = {name: getattr(args, name) for name in INFER_SETTINGS} | {"cfg_scale": args.cfg}
     asked["interval"] = None if args.interval is None else tuple(args.interval)
     requests = pipeline.requests(
@@ -96,6 +104,32 @@ def infer(args: argparse.Namespace) -> None:
 
         write_file(Path(args.grid), lambda path: grid(drawn).save(path, format="PNG"))
         print(args.grid)
+
+
+def export(args: argparse.Namespace) -> None:
+    """`ldm export`."""
+    from ldm.inference.publishing import Wishes, push
+    from ldm.inference.publishing import export as write
+
+    wishes = Wishes(
+        args.to,
+        args.verify,
+        tuple(args.prompt or ()),
+        args.license,
+        args.title,
+        _published(args),
+    )
+    print("\n".join(write(args.model, Path(args.out), wishes)))
+    if args.push:
+        print(push(Path(args.out), args.push))
+
+
+def convert(args: argparse.Namespace) -> None:
+    """`ldm convert`."""
+    from ldm.checkpoint.pickles import convert_pickle
+
+    count = convert_pickle(Path(args.source), Path(args.target))
+    print(f"{count} tensors in {args.target}")
 
 
 def translate(args: argparse.Namespace) -> None:
@@ -152,7 +186,9 @@ def replay(args: argparse.Namespace) -> None:
     writable_folder(Path(args.out))
     from ldm.inference.pipeline import Pipeline
 
-    pipeline = Pipeline.from_pretrained(_checkpoint(args.model or path, model), device=args.device)
+    given = args.lora or (request.lora_path or "").splitlines()
+    found = _checkpoint(args.model or path, model)
+    pipeline = Pipeline.from_pretrained(found, device=args.device, lora=given)
     if request.guide is not None:
         found = _checkpoint(args.guide or request.guide_path or "", request.guide, "--guide")
         pipeline = pipeline.guided_by(guide=Pipeline.from_pretrained(found, device=args.device))
@@ -166,9 +202,13 @@ def _checkpoint(path: str, identity: str, option: str = "--model") -> Path:
     Raises:
         LdmError: it is not there any more, or has moved.
     """
+    from ldm.exchange.sources import identity as published_identity
+    from ldm.exchange.sources import is_published, located
     from ldm.storage import MANIFEST, sha256
 
     given = Path(path)
+    if path and is_published(path) and published_identity(located(path)) == identity:
+        return given
     for folder in [given, *sorted(given.glob("step-*")), *sorted(given.parent.glob("step-*"))]:
         if (folder / MANIFEST).is_file() and sha256(folder / MANIFEST) == identity:
             return folder
@@ -232,6 +272,36 @@ def memorisation(args: argparse.Namespace) -> None:
     print(memorisation_report(args.model, settings, **files, device=args.device))
 
 
+def vae_doctor(args: argparse.Namespace) -> None:
+    """`ldm vae doctor`."""
+    data = None
+    if args.config is not None:
+        from ldm.config.files import load
+
+        data = load([args.config]).data
+    from ldm.evaluation.codec_doctor import Settings, vae_doctor
+
+    settings = Settings(args.n, args.px, args.features, args.lpips)
+    files = {"pictures": args.pictures, "out": args.out, "json_file": args.json}
+    print(vae_doctor(args.model, settings, data=data, **files, device=args.device))
+
+
+def model_info(args: argparse.Namespace) -> None:
+    """`ldm model info`."""
+    size = None if args.size is None else _size(args.size)
+    from ldm.model_info import info_text, model_info
+
+    info = model_info(args.name, size)
+    print(json.dumps(info, indent=2) if args.json else info_text(info))
+
+
+def model_list(args: argparse.Namespace) -> None:
+    """`ldm model list`."""
+    from ldm.model_info import model_names
+
+    print("\n".join(model_names()))
+
+
 def demo(args: argparse.Namespace) -> None:
     """`ldm demo`."""
     from ldm.demo import run_demo
@@ -247,6 +317,13 @@ def emoji(args: argparse.Namespace) -> None:
         Path(args.folder), image_px=args.px, font=Path(args.font) if args.font else FONT
     )
     print(f"{count} pictures in {args.folder}")
+
+
+def _published(args: argparse.Namespace) -> Any:
+    """What was given of the options of `arguments.published`."""
+    from ldm.exchange.opening import Options
+
+    return Options(args.prediction, args.variant, args.allow_unused, args.tokenizer)
 
 
 def _load(args: argparse.Namespace, stage: str) -> Any:

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 TINY = {
     "vae": ROOT / "configs/tiny/vae.yaml",
     "dit": ROOT / "configs/tiny/dit.yaml",
+    "mmdit": ROOT / "configs/tiny/mmdit.yaml",
     "unet": ROOT / "configs/tiny/unet.yaml",
 }
 QUICK = (

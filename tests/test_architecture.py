@@ -24,18 +24,24 @@ MAY_IMPORT = {
     "ldm.models": FOUNDATION | {"ldm.models"},
     "ldm.data": FOUNDATION | {"ldm.data"},
     "ldm.checkpoint": FOUNDATION | {"ldm.checkpoint"},
+    "ldm.exchange": FOUNDATION
+    | CONFIG
+    | {"ldm.exchange", "ldm.checkpoint", "ldm.diffusion", "ldm.models"},
     "ldm.build": FOUNDATION
     | CONFIG
-    | {"ldm.diffusion", "ldm.models", "ldm.data", "ldm.checkpoint"},
+    | {"ldm.exchange", "ldm.diffusion", "ldm.models", "ldm.data", "ldm.checkpoint"},
+    "ldm.model_info": FOUNDATION | CONFIG | {"ldm.build", "ldm.checkpoint", "ldm.models"},
     "ldm.verification": FOUNDATION | {"ldm.verification", "ldm.diffusion"},
     "ldm.inference": FOUNDATION
-    | {"ldm.inference", "ldm.build", "ldm.checkpoint", "ldm.diffusion", "ldm.models", "ldm.data"},
+    | {"ldm.inference", "ldm.build", "ldm.exchange", "ldm.checkpoint"}
+    | {"ldm.diffusion", "ldm.models", "ldm.data"},
     "ldm.evaluation": FOUNDATION
     | {"ldm.evaluation", "ldm.inference", "ldm.build", "ldm.checkpoint"}
     | {"ldm.diffusion", "ldm.models", "ldm.data"},
     "ldm.training": FOUNDATION
     | CONFIG
-    | {"ldm.training", "ldm.evaluation", "ldm.inference", "ldm.build", "ldm.checkpoint"}
+    | {"ldm.training", "ldm.evaluation", "ldm.inference", "ldm.build", "ldm.exchange"}
+    | {"ldm.checkpoint"}
     | {"ldm.diffusion", "ldm.models", "ldm.data"},
 }
 
@@ -103,12 +109,21 @@ def test_no_module_unpickles_evaluates_or_runs_a_shell(path):
     banned = {"pickle", "torch.load", "yaml.load", "eval", "exec", "os.system", "extractall"}
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
+            if name_of(path) == "ldm.checkpoint.pickles" and is_restricted_load(node):
+                continue
             assert ast.unparse(node.func) not in banned
             for keyword in node.keywords:
                 is_true = isinstance(keyword.value, ast.Constant) and keyword.value.value is True
                 assert not (keyword.arg in ("trust_remote_code", "shell") and is_true)
         if isinstance(node, (ast.Import, ast.ImportFrom)):
-            assert "pickle" not in ast.unparse(node)
+            names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+            assert not {"pickle", "cPickle", "dill", "cloudpickle"} & set(names)
+
+
+def is_restricted_load(call):
+    """torch.load that yields tensors only: the one file that may read published pickles."""
+    keywords = {word.arg: ast.unparse(word.value) for word in call.keywords}
+    return ast.unparse(call.func) == "torch.load" and keywords.get("weights_only") == "True"
 
 
 def loaded_after(*code):

@@ -15,7 +15,6 @@ from torch.testing import assert_close
 
 from ldm.errors import LdmError
 from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
-from ldm.models.layers import SHORT, attend
 
 CONFIGS = {
     "one level": AutoencoderConfig(block_out_channels=(16,), layers_per_block=1, norm_num_groups=4),
@@ -272,39 +271,3 @@ def test_the_configuration_is_checked_without_loading_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-@pytest.mark.parametrize("length", [SHORT, SHORT + 1])
-@pytest.mark.parametrize("masked", [False, True])
-def test_bf16_attention_is_the_softmax_formula_on_both_sides_of_the_length_limit(
-    length: int, masked: bool
-) -> None:
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 2, length, 16, dtype=torch.float64) for _ in range(3))
-    mask = torch.rand(2, length) < 0.7 if masked else None
-    logits = q @ k.mT / 4
-    if mask is not None:
-        logits = logits.masked_fill(~mask[:, None, None], float("-inf"))
-    expected = logits.softmax(-1) @ v
-    half = [x.bfloat16().requires_grad_() for x in (q, k, v)]
-    out = attend(*half, mask)
-    assert out.dtype == torch.bfloat16
-    # bf16 keeps 8 bits (0.004 relative), rounded in the inputs, the logits and the weights
-    assert_close(out.double(), expected, atol=0.02, rtol=0.02)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_masked_keys_never_count_and_a_row_without_keys_is_zero(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(3, 2, 5, 8, dtype=dtype, requires_grad=True) for _ in range(3))
-    mask = torch.tensor([[True] * 5, [True, True, False, False, False], [False] * 5])
-    out = attend(q, k, v, mask)
-    out.sum().backward()
-
-    assert_close(out[1], attend(q[1:2], k[1:2, :, :2], v[1:2, :, :2])[0])
-    assert out[2].abs().max() == 0
-    for leaf in (q, k, v):
-        assert leaf.grad is not None
-        assert leaf.grad.isfinite().all()
-    assert k.grad[1, :, 2:].abs().max() == 0
-    assert v.grad[1:, :, 2:].abs().max() == 0

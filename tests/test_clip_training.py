@@ -64,7 +64,7 @@ def flat_pictures(colours, size=(32, 32)):
 def trained():
     torch.manual_seed(123)
     before = torch.get_rng_state()
-    encoder, metrics = train_clip(open_shapes(120, image_px=32), TINY)
+    encoder, metrics, _ = train_clip(open_shapes(120, image_px=32), TINY)
     assert torch.equal(before, torch.get_rng_state()), "the global random state is left alone"
     return encoder, metrics
 
@@ -91,15 +91,15 @@ def test_states_keep_words_where_recall_is_trained_before_and_beside_contrast():
 
 def test_training_twice_gives_the_same_bits(trained):
     torch.manual_seed(7)  # another global state must not matter
-    again, metrics = train_clip(open_shapes(120, image_px=32), TINY)
+    again, metrics, _ = train_clip(open_shapes(120, image_px=32), TINY)
     assert again.identity == trained[0].identity
     assert metrics["losses"] == trained[1]["losses"]
     assert metrics["retrieval"] == trained[1]["retrieval"]
 
 
 def test_another_seed_gives_other_weights(trained):
-    other, _ = train_clip(open_shapes(120, image_px=32), replace(TINY, seed=1, steps=1))
-    first, _ = train_clip(open_shapes(120, image_px=32), replace(TINY, steps=1))
+    other, *_ = train_clip(open_shapes(120, image_px=32), replace(TINY, seed=1, steps=1))
+    first, *_ = train_clip(open_shapes(120, image_px=32), replace(TINY, steps=1))
     assert other.identity["weights"] != first.identity["weights"]
 
 
@@ -205,7 +205,7 @@ def test_every_kind_of_word_is_told_apart_by_its_state(trained, word, other):
 def test_a_batch_of_one_caption_asks_for_nothing():
     pixels = flat_pictures(range(0, 240, 20))
     source = ListSource([Example(e.id, e.pixels, "the same words") for e in pixels])
-    encoder, metrics = train_clip(source, replace(TINY, steps=2, recall_weight=0.0))
+    encoder, metrics, _ = train_clip(source, replace(TINY, steps=2, recall_weight=0.0))
     assert metrics["loss"] == pytest.approx(0.0, abs=1e-6)
     assert encoder(["the same words"]).tokens.isfinite().all()
 
@@ -257,5 +257,5 @@ def test_a_loss_that_is_not_finite_ends_in_one_sentence():
 
 def test_long_captions_are_cut_and_counted():
     long = [Example(e.id, e.pixels, f"{e.caption} " * 9) for e in flat_pictures([5, 9, 70])]
-    _, metrics = train_clip(ListSource(long), replace(TINY, steps=1, max_tokens=12))
+    _, metrics, _ = train_clip(ListSource(long), replace(TINY, steps=1, max_tokens=12))
     assert metrics["truncated_captions"] == 3

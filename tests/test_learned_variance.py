@@ -302,14 +302,11 @@ def test_a_trained_model_draws_with_its_variance(
     pipeline = Pipeline.from_pretrained(run)
     assert pipeline.contract.learned_variance
     calls: list[tuple[int, ...]] = []
-    real = pipeline._network
-
-    def counted(x: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
-        answer = real(x, t, text)
-        calls.append((len(x), answer.shape[1] // x.shape[1]))
-        return answer
-
-    pipeline._network = counted  # type: ignore[method-assign]
+    pipeline.net.register_forward_hook(
+        lambda net, given, answer: calls.append(
+            (len(given[0]), answer.shape[1] // given[0].shape[1])
+        )
+    )
     pipeline("a red circle", steps=3, cfg_scale=4.0)
     assert calls == [(2, 2)] * 3, "one call a step with both texts, 2C channels"
 

@@ -6,7 +6,12 @@ from torch import nn
 
 from ldm.config.schema import OptimConfig
 from ldm.training.ema import Ema
-from ldm.training.optim import learning_rate, make_optimizer, parameter_groups
+from ldm.training.optim import (
+    clip_gradients,
+    learning_rate,
+    make_optimizer,
+    parameter_groups,
+)
 
 
 def model():
@@ -79,3 +84,18 @@ def test_the_average_is_applied_inside_the_context_only_even_after_an_error():
     with pytest.raises(RuntimeError, match="in the middle"):
         use()
     assert net.weight.equal(own)
+
+
+@pytest.mark.parametrize("limit", [0.5, 0.995, 1.0, 4.0])
+def test_clipping_is_torchs_own_bit_for_bit_whether_or_not_it_scales(limit):
+    one, other = model(), model()
+    for net in (one, other):
+        for index, weight in enumerate(net.parameters()):
+            generator = torch.Generator().manual_seed(index)
+            weight.grad = torch.randn(weight.shape, generator=generator)
+    size = float(torch.nn.utils.get_total_norm([p.grad for p in one.parameters()]))
+    norm = clip_gradients(one, limit * size)
+    assert norm == float(torch.nn.utils.clip_grad_norm_(other.parameters(), limit * size))
+    assert all(
+        a.grad.equal(b.grad) for a, b in zip(one.parameters(), other.parameters(), strict=True)
+    )

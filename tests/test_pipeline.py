@@ -83,14 +83,12 @@ def test_the_prompt_and_the_negative_prompt_make_a_difference(pipeline):
     assert np.abs(base - pixels(pipeline("a red circle", negative="blue", cfg_scale=4.0)[0])).max()
 
 
-def test_guidance_of_one_calls_the_network_once_per_step_with_one_row(pipeline, monkeypatch):
+def test_guidance_of_one_calls_the_network_once_per_step_with_one_row(pipeline):
     rows = []
-    real = pipeline._network
-    monkeypatch.setattr(
-        pipeline, "_network", lambda x, t, text: (rows.append(len(x)), real(x, t, text))[1]
-    )
+    count = pipeline.net.register_forward_pre_hook(lambda net, given: rows.append(len(given[0])))
     pipeline("a red circle", cfg_scale=1.0, steps=3, sampler="euler")
     pipeline("a red circle", cfg_scale=2.0, steps=3, sampler="euler")
+    count.remove()
     assert rows == [1, 1, 1, 2, 2, 2]
 
 
@@ -255,7 +253,7 @@ def test_checkpoint_folders_open_in_diffusers_and_transformers(run, unet_run):
         theirs = unet(
             z, t, states.expand(2, -1, -1), encoder_attention_mask=mask, return_dict=False
         )[0]
-        ours = pipeline._network(z, t, type(embedding)(states.expand(2, -1, -1), mask))
+        ours = pipeline.network(z, t, type(embedding)(states.expand(2, -1, -1), mask))
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
@@ -300,7 +298,7 @@ def test_odd_arguments_of_infer_are_refused(run, tmp_path, capsys, extra, part):
 
 
 def test_a_checkpoint_is_not_retired_while_it_is_being_loaded(tmp_path, monkeypatch):
-    import ldm.inference.pipeline as module
+    import ldm.inference.loading as module
 
     newest = train_diffusion(tiny("dit", tmp_path / "run"))
     (older,) = [d for d in storage.step_directories(tmp_path / "run") if d != newest]

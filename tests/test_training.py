@@ -15,10 +15,10 @@ import torch
 from recipes import QUICK, ROOT, TINY, assert_bitwise_equal, state, tiny
 
 from ldm.errors import ExitCode, LdmError
-from ldm.training.checkpoints import VaeWriter
 from ldm.training.diffusion import drop_captions, train_diffusion
 from ldm.training.session import Meter, Progress, Session, resolve_precision
 from ldm.training.vae import train_vae
+from ldm.training.vae_checkpoints import VaeWriter
 from ldm.types import TextEmbedding
 
 
@@ -42,7 +42,7 @@ def stop_after(monkeypatch, steps):
     monkeypatch.setattr(Session, "stopping", lambda self: next(seen) == steps)
 
 
-@pytest.mark.parametrize("name", ["vae", "dit", "unet"])
+@pytest.mark.parametrize("name", ["vae", "dit", "mmdit", "unet"])
 def test_a_run_stopped_at_any_step_and_resumed_equals_an_uninterrupted_one(
     name, tmp_path, monkeypatch
 ):

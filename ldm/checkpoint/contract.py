@@ -70,6 +70,8 @@ class Contract:
     """Strength of the noise between the ends of pairs; the sampler `bridge` draws it."""
     offset_noise: float = 0.0
     """Deviation of the draw per channel that is added to noise, in training and in drawing."""
+    text_settings: Mapping[str, str | int | bool | None | list[str]] = field(default_factory=dict)
+    """How prompts are read where that is not the default; see `restore_text_encoder`."""
     sampling: Mapping[str, str | int | float | bool | None] = field(default_factory=dict)
     """Defaults for sampling: sampler, steps, cfg_scale ..."""
     format_version: int = FORMAT_VERSION
@@ -206,6 +208,7 @@ _LATER: dict[str, Any] = {
     "coupling": "independent",
     "latent_noise": 0.0,
     "offset_noise": 0.0,
+    "text_settings": {},
 }
 """What a contract means that was written before a field was added."""
 
@@ -232,4 +235,5 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "coupling": (str,),
     "latent_noise": (int, float),
     "offset_noise": (int, float),
+    "text_settings": (dict,),
 }

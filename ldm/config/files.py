@@ -98,6 +98,8 @@ MAY_CHANGE = (
     "train.steps",
     "train.compile",
     "train.precision",
+    "train.attention",
+    "train.cpu_kernels",
     "train.accumulation",
     "train.gradient_checkpointing",
     "train.max_bad_steps",
@@ -106,6 +108,12 @@ MAY_CHANGE = (
     "optim.schedule",
     "optim.final_fraction",
     "optim.clip_norm",
+    "gan.optim.learning_rate",
+    "gan.optim.warmup_steps",
+    "gan.optim.schedule",
+    "gan.optim.final_fraction",
+    "gan.optim.clip_norm",
+    "loss.perceptual_path",
 )
 """Keys that a resumed run may change; everything else would make it another experiment."""
 
@@ -275,7 +283,7 @@ def _validate(kind: type[Experiment], settings: Settings) -> Experiment:
 def _without(values: dict[str, Any], location: tuple[int | str, ...]) -> dict[str, Any]:
     """A copy of `values` that lacks the field at `location`."""
     copy = {k: (dict(v) if isinstance(v, dict) else v) for k, v in values.items()}
-    parts = [part for part in location if part not in ("dit", "unet")]
+    parts = [part for part in location if part not in ("dit", "mmdit", "unet")]
     inner: Any = copy
     for part in parts[:-1]:
         if not isinstance(inner, dict) or not isinstance(inner.get(part), dict):
@@ -291,7 +299,7 @@ def _without(values: dict[str, Any], location: tuple[int | str, ...]) -> dict[st
 
 
 def _describe(kind: type[Experiment], detail: Any, settings: Settings) -> str:
-    location = [part for part in detail["loc"] if part not in ("dit", "unet")]
+    location = [part for part in detail["loc"] if part not in ("dit", "mmdit", "unet")]
     key = ".".join(str(part) for part in location)
     place, rule, got = settings.place(key), str(detail["msg"]), detail.get("input")
     if detail["type"] == "extra_forbidden":

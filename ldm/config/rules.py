@@ -5,7 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from ldm.config.models import DitConfig, VaeModelConfig
+from ldm.config.dit_rules import dit_conflicts
+from ldm.config.models import (
+    DitConfig,
+    MMDitConfig,
+    PretrainedConfig,
+    UNetModelConfig,
+    VaeModelConfig,
+)
 from ldm.config.schema import (
     ClipExperiment,
     DiffusionExperiment,
@@ -14,6 +21,8 @@ from ldm.config.schema import (
     TrainConfig,
     VaeExperiment,
 )
+from ldm.config.text_rules import text_conflicts
+from ldm.config.vae_rules import vae_conflicts
 from ldm.diffusion.names import (
     GUIDANCE_NEEDS,
     coupling_refusal,
@@ -34,10 +43,12 @@ def conflicts(config: Experiment) -> Iterator[tuple[str, str, str]]:
             "only denoisers can recompute activations",
             "train.gradient_checkpointing=false",
         )
+    if config.train.only != "all" and not isinstance(config, VaeExperiment):
+        yield "train.only", f"only a VAE has a {config.train.only}", "train.only=all"
     if isinstance(config, VaeExperiment):
         yield from _vae_conflicts(config.model, "model")
         yield from _size_conflicts(config.data.image_px, config.model.downsample_factor)
-        yield from _crop_conflicts(config)
+        yield from vae_conflicts(config)
     if isinstance(config, ClipExperiment):
         yield from _clip_conflicts(config)
         if config.model.width % 32:
@@ -108,6 +119,7 @@ def _diffusion_conflicts(config: DiffusionExperiment) -> Iterator[tuple[str, str
             ),
             f"use one of {', '.join(able)}",
         )
+    yield from text_conflicts(config.text)
     yield from _objective_conflicts(config)
     yield from _coupling_conflicts(config)
     if config.sample.interval[0] >= config.sample.interval[1]:
@@ -130,7 +142,15 @@ def _diffusion_conflicts(config: DiffusionExperiment) -> Iterator[tuple[str, str
     factor = config.vae.random.downsample_factor if config.vae.path is None else 1
     if config.vae.path is None:
         yield from _vae_conflicts(config.vae.random, "vae.random")
-    if isinstance(model, DitConfig):
+        if (given := config.vae.random.pretrained) is not None:
+            yield "vae.random.pretrained", "a random VAE has no weights", f"vae.path={given}"
+    if config.lora is not None and not isinstance(model, PretrainedConfig):
+        yield (
+            "lora",
+            "adapters change a trained network, and this one begins with random weights",
+            "model.kind=pretrained model.path=MODEL, or lora=null",
+        )
+    if isinstance(model, DitConfig | MMDitConfig):
         if model.head_dim % 4:
             yield (
                 "model.head_dim",
@@ -144,29 +164,57 @@ def _diffusion_conflicts(config: DiffusionExperiment) -> Iterator[tuple[str, str
                 f"model.hidden_size={_multiple(model.hidden_size, model.head_dim)}",
             )
         yield from _size_conflicts(config.data.image_px, factor * model.patch_size)
-    else:
-        for width in model.block_out_channels:
-            if width % model.norm_num_groups or width % model.heads:
-                yield (
-                    "model.block_out_channels",
-                    (
-                        f"{width} is not a multiple of "
-                        f"model.norm_num_groups={model.norm_num_groups} "
-                        f"and of model.heads={model.heads}"
-                    ),
-                    f"use {_multiple(width, model.norm_num_groups * model.heads)}",
-                )
-        if len(model.attention_levels) != len(model.block_out_channels):
-            yield (
-                "model.attention_levels",
-                (
-                    f"{len(model.attention_levels)} entries for "
-                    f"{len(model.block_out_channels)} levels of model.block_out_channels"
-                ),
-                "give one true or false per level",
-            )
+        if isinstance(model, MMDitConfig):
+            known = config.vae.path is None
+            yield from _mmdit_conflicts(model, config.data.image_px // factor if known else 0)
+        else:
+            yield from dit_conflicts(config, model)
+    elif isinstance(model, UNetModelConfig):
+        yield from _unet_conflicts(model)
         unet_factor = 2 ** (len(model.block_out_channels) - 1)
         yield from _size_conflicts(config.data.image_px, factor * unet_factor)
+
+
+def _unet_conflicts(model: UNetModelConfig) -> Iterator[tuple[str, str, str]]:
+    widths = model.block_out_channels
+    for name in ("attention_levels", "heads", "transformer_depth"):
+        given = getattr(model, name)
+        if isinstance(given, tuple) and len(given) != len(widths):
+            yield (
+                f"model.{name}",
+                f"{len(given)} entries for {len(widths)} levels of model.block_out_channels",
+                f"give one {'true or false' if name == 'attention_levels' else 'number'} per level",
+            )
+            return
+    for width, heads in zip(widths, model.heads_per_level, strict=True):
+        per_head = model.head_dim
+        if width % model.norm_num_groups or width % (per_head or heads):
+            by = f"model.heads={heads}" if per_head is None else f"model.head_dim={per_head}"
+            yield (
+                "model.block_out_channels",
+                (
+                    f"{width} is not a multiple of model.norm_num_groups={model.norm_num_groups} "
+                    f"and of {by}"
+                ),
+                f"use {_multiple(width, math.lcm(model.norm_num_groups, per_head or heads))}",
+            )
+
+
+def _mmdit_conflicts(model: MMDitConfig, side: int) -> Iterator[tuple[str, str, str]]:
+    """`side`: of the latent, 0 where it is not known before the VAE is read."""
+    if beyond := [block for block in model.dual_attention_layers if block >= model.num_layers]:
+        yield (
+            "model.dual_attention_layers",
+            f"there is no block {beyond[0]} among model.num_layers={model.num_layers}",
+            f"numbers from 0 to {model.num_layers - 1}",
+        )
+    if (needed := side // model.patch_size) > model.pos_embed_max_size:
+        yield (
+            "model.pos_embed_max_size",
+            f"{model.pos_embed_max_size} positions a side do not hold the {needed} tokens of a "
+            "training picture",
+            f"model.pos_embed_max_size={needed}",
+        )
 
 
 def _objective_conflicts(config: DiffusionExperiment) -> Iterator[tuple[str, str, str]]:
@@ -290,16 +338,6 @@ def _clip_conflicts(config: ClipExperiment) -> Iterator[tuple[str, str, str]]:
     ):
         if value != used:
             yield key, f"train-clip cannot do {value!r}", f"{key}={used}"
-
-
-def _crop_conflicts(config: VaeExperiment) -> Iterator[tuple[str, str, str]]:
-    side, factor = config.crop.side_px, config.model.downsample_factor
-    if side is not None and (side % factor or side > config.data.image_px):
-        yield (
-            "crop.side_px",
-            f"{side} is not a multiple of {factor} up to data.image_px={config.data.image_px}",
-            f"crop.side_px={max(factor, config.data.image_px // 2 // factor * factor)}",
-        )
 
 
 def _vae_conflicts(model: VaeModelConfig, key: str) -> Iterator[tuple[str, str, str]]:

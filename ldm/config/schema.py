@@ -23,7 +23,9 @@ from ldm.config.fields import (
     Whole,
     one_of,
 )
-from ldm.config.models import ClipModelConfig, Denoiser, DitConfig, VaeModelConfig
+from ldm.config.models import ClipModelConfig, Denoiser, DitConfig, LoraConfig, VaeModelConfig
+from ldm.config.optim import OptimConfig
+from ldm.config.vae import DetailCropConfig, EquivarianceConfig, GanConfig, VaeLossConfig
 from ldm.diffusion.names import GUIDANCE_NAMES
 from ldm.diffusion.prediction import PREDICTIONS
 from ldm.diffusion.process import PROCESSES
@@ -82,27 +84,6 @@ class DataConfig(Section):
     """Decoding processes; 0 decodes in the training process. Never changes the data order."""
 
 
-class OptimConfig(Section):
-    """AdamW and its schedule, a function of the optimizer step."""
-
-    learning_rate: Positive = 1e-4
-    """Peak rate, after warm-up."""
-    warmup_steps: Whole = 100
-    """Steps of linear warm-up; 0 disables it."""
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    """Shape of the decay from the peak to `final_fraction` of it at the last step."""
-    final_fraction: Fraction = 0.0
-    """Rate at the last step over the peak rate."""
-    beta1: Annotated[Number, Field(ge=0, lt=1)] = 0.9
-    """Decay of the first moment."""
-    beta2: Annotated[Number, Field(ge=0, lt=1)] = 0.99
-    """Decay of the second moment."""
-    weight_decay: Annotated[Number, Field(ge=0)] = 0.01
-    """Decoupled decay; never applied to biases, norms and embeddings."""
-    clip_norm: Positive = 1.0
-    """Global gradient norm above which gradients are scaled down."""
-
-
 class TrainConfig(Section):
     """Length, batch and numerics."""
 
@@ -117,35 +98,21 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Autocast precision of the network; weights, optimizer and EMA are always fp32. auto takes
     bf16 where the device multiplies it in hardware, and a resumed run keeps what it began with."""
+    attention: Literal["auto", "sdpa", "xformers", "flex"] = "auto"
+    """Attention kernel of the network; xformers and flex are proven on its shapes first."""
+    cpu_kernels: Literal["auto", "plain", "tuned"] = "auto"
+    """On a CPU: plain is torch's own way; auto takes faster kernels of equal precision where a
+    probe finds them, and a resumed run keeps what it began with (docs/benchmarks.md)."""
     compile: bool = False
     """Compile the network with torch.compile (needs a C++ compiler on CPUs)."""
     max_bad_steps: Count = 3
     """Steps in a row with a non-finite gradient that are skipped before the run stops."""
     ema_decay: Annotated[Number, Field(ge=0, lt=1)] = 0.999
     """Decay of the weight average; 0 samples from the raw weights."""
+    only: Literal["all", "decoder"] = "all"
+    """What of a VAE is trained; decoder alone leaves the latents of a published one as they are."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
-
-
-class VaeLossConfig(Section):
-    """What the VAE minimises: reconstruction + kl_weight * KL, both per pixel value."""
-
-    reconstruction: Literal["l1", "l2", "l1+l2"] = "l1"
-    """Distance between picture and reconstruction; the sum keeps small objects from being ignored
-    early and edges sharp late."""
-    kl_weight: Annotated[Number, Field(ge=0)] = 1e-6
-    """Weight of the KL divergence, summed over the latent and divided by the pixel values."""
-
-
-class DetailCropConfig(Section):
-    """Train on small detailed crops first: convolutions learn as much from them, for less."""
-
-    side_px: Count | None = None
-    """Side of the crops; null trains on whole pictures throughout."""
-    until: Fraction = 0.75
-    """Share of the steps made on crops; the rest sees whole pictures, whose statistics differ."""
-    candidates: Count = 4
-    """Random crops per picture, of which the one with the largest variance is taken."""
 
 
 class VaeRef(Section):
@@ -166,8 +133,32 @@ class TextConfig(Section):
     """Directory or Hugging Face id of a CLIP or T5 encoder; null freezes a random small one."""
     max_tokens: Count | None = None
     """Longest prompt in tokens; null means the encoder's own limit."""
-    too_long: Literal["error", "truncate"] = "error"
-    """Captions over the limit: stop at the first, or cut them all (the log names the first)."""
+    too_long: Literal["error", "truncate", "chunk"] = "error"
+    """Captions over the limit: stop at the first, cut them all (the log names the first), or read
+    them in chunks, whose states follow each other."""
+    padding: Literal["masked", "attended"] = "masked"
+    """Nothing attends to padding, or prompts are padded to max_tokens and all of it is attended, as
+    the published Stable Diffusion models were trained."""
+    layer: Annotated[Integer, Field(le=-1)] | None = None
+    """Layer whose states are read: -1 is the last, -2 the one before; null is -1, and -2 for the
+    CLIPs of a joint style."""
+    final_norm: bool | None = None
+    """Apply the encoder's final norm to them; null does, but for the CLIPs of a joint style."""
+    lower_case: bool = False
+    """Read captions in lower case and without outer spaces, as PixArt does."""
+    style: Literal["single", "sdxl", "sd3"] = "single"
+    """One encoder, or several: CLIPs side by side (sdxl), or those followed by T5 (sd3)."""
+    further_paths: tuple[str, ...] = ()
+    """Second and third encoder of a joint style; empty finds all of them in path."""
+    t5_tokens: Count = 256
+    """Tokens that the T5 of style sd3 reads."""
+    t5_width: Count = 4096
+    """Width of the embedding of style sd3 when there is no T5."""
+    classes: tuple[str, ...] | Literal["captions"] = ()
+    """Labels instead of an encoder: class names in the order of their numbers, or those that the
+    captions of the data set are. A prompt is then a name or a number."""
+    zero_null: bool = False
+    """The null embedding is zeros instead of the embedding of no words, as SDXL has it."""
     random_width: Count = 64
     """Width of the random encoder when `path` is null."""
 
@@ -306,6 +297,10 @@ class VaeExperiment(Experiment):
     """Architecture."""
     loss: VaeLossConfig = VaeLossConfig()
     """Objective."""
+    gan: GanConfig = GanConfig()
+    """Adversarial term."""
+    equivariance: EquivarianceConfig = EquivarianceConfig()
+    """Latents that turn and shrink with their pictures."""
     crop: DetailCropConfig = DetailCropConfig()
     """Training on detailed crops first."""
     preview: PreviewConfig = PreviewConfig()
@@ -332,6 +327,8 @@ class DiffusionExperiment(Experiment):
     """Frozen text encoder."""
     model: Denoiser = DitConfig()
     """Denoiser."""
+    lora: LoraConfig | None = None
+    """Train adapters of a pretrained denoiser; null trains all of its weights."""
     diffusion: DiffusionConfig = DiffusionConfig()
     """Process and objective."""
     cache: CacheConfig = CacheConfig()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ldm.data.transforms import Draws, fit
+from ldm.data.transforms import Draws, fit, is_mirrored, sizes_of
 from ldm.errors import ExitCode, LdmError
 from ldm.randomness import positions
 from ldm.types import Batch, Source
@@ -206,6 +206,7 @@ class _Sample(NamedTuple):
     pixels: Tensor  # (3, px, px)
     place: Place
     reason: str | None
+    sizes: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -235,9 +236,15 @@ class _Samples(Dataset[_Sample]):
         except LdmError as error:
             if error.code != ExitCode.BAD_DATA:
                 raise
-            neutral = torch.zeros(3, self.image_px, self.image_px)  # mid-grey
-            return _Sample(sample_id, "", neutral, place, str(error).partition("\n")[0])
-        return _Sample(sample_id, example.caption, pixels, place, None)
+            px = self.image_px
+            neutral, whole = torch.zeros(3, px, px), (px, px, 0, 0, px, px)  # mid-grey
+            return _Sample(sample_id, "", neutral, place, str(error).partition("\n")[0], whole)
+        height, width = example.pixels.shape[:2]
+        mirrored = self.flip and is_mirrored(draws)
+        sizes = sizes_of(
+            height, width, self.image_px, draws=draws, crop=self.crop, mirrored=mirrored
+        )
+        return _Sample(sample_id, example.caption, pixels, place, None, sizes)
 
 
 class _Endless:
@@ -260,6 +267,7 @@ def _collate(samples: Sequence[_Sample]) -> tuple[Batch, dict[str, str]]:
         positions=tuple(sample.place.position for sample in samples),
         pixels=torch.stack([sample.pixels for sample in samples]),
         captions=tuple(sample.caption for sample in samples),
+        sizes=torch.tensor([sample.sizes for sample in samples], dtype=torch.float32),
     )
     return batch, reasons
 

@@ -58,10 +58,7 @@ def fit(
     height, width = pixels.shape[:2]
     side = min(height, width)
     _check_size(width, height, image_px, small, draws.sample_id)
-    left, top = (width - side) // 2, (height - side) // 2
-    if crop == "random":
-        place = generator(draws.seed, "crop", draws.epoch, draws.sample_id).random()
-        left, top = int(place * (width - side + 1)), int(place * (height - side + 1))
+    left, top = _corner(height, width, draws, crop)
     square = pixels[top : top + side, left : left + side]
     if side != image_px:
         # the crop happens inside resize, so that pixels just outside it still take part in the
@@ -73,10 +70,49 @@ def fit(
             reducing_gap=3.0,
         )
         square = np.asarray(resized)
-    if flip and generator(draws.seed, "flip", draws.epoch, draws.sample_id).random() < 0.5:
+    if flip and is_mirrored(draws):
         square = square[:, ::-1]
     planes = np.ascontiguousarray(square.transpose(2, 0, 1), dtype=np.float32)  # (3, px, px)
     return torch.from_numpy(planes / np.float32(127.5) - np.float32(1))
+
+
+def sizes_of(
+    height: int,
+    width: int,
+    image_px: int,
+    *,
+    draws: Draws,
+    crop: Literal["center", "random"] = "center",
+    mirrored: bool = False,
+) -> tuple[float, ...]:
+    """What SDXL is told of the square that `fit` makes of such a picture; arguments as there.
+
+    Podell et al. 2023 (arXiv 2307.01952), section 2.2. `mirrored` says whether it was.
+
+    Returns:
+        Height and width of the picture, top and left of the crop, height and width of the result.
+        The crop is measured in pixels of the result, in the picture as mirrored.
+    """
+    side = min(height, width)
+    left, top = _corner(height, width, draws, crop)
+    if mirrored:
+        left = width - side - left
+    scale = image_px / side
+    return (height, width, top * scale, left * scale, image_px, image_px)
+
+
+def _corner(height: int, width: int, draws: Draws, crop: str) -> tuple[int, int]:
+    """Left and top of the square, in pixels of the picture."""
+    free_x, free_y = width - min(height, width), height - min(height, width)
+    if crop == "center":
+        return free_x // 2, free_y // 2
+    place = generator(draws.seed, "crop", draws.epoch, draws.sample_id).random()
+    return int(place * (free_x + 1)), int(place * (free_y + 1))
+
+
+def is_mirrored(draws: Draws) -> bool:
+    """Whether `flip` mirrors this picture in this epoch."""
+    return bool(generator(draws.seed, "flip", draws.epoch, draws.sample_id).random() < 0.5)
 
 
 def _check_choice(key: str, value: str, known: tuple[str, ...]) -> None:

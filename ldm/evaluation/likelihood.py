@@ -21,6 +21,7 @@ from ldm.diffusion.guidance import Model, classifier_free
 from ldm.diffusion.likelihood import data_log_likelihood, gaussian_base, hutchinson, signs
 from ldm.diffusion.schedule import Grid, levels
 from ldm.errors import ExitCode, LdmError
+from ldm.inference.guiding import with_size
 from ldm.inference.inversion import encode
 from ldm.inference.pipeline import Pipeline
 from ldm.randomness import normal, permutation
@@ -215,7 +216,9 @@ def _figures(
     def draws(purpose: str, number: int) -> Tensor:
         return normal(shape, settings.seed, purpose, [number] * len(names), names).to(x0.device)
 
-    given, free = _denoisers(pipeline, pipeline.encoder(captions).to(x0.device))
+    text = pipeline.encoder(captions).to(x0.device)
+    side = [pipeline.vae.downsample_factor * cells for cells in shape[1:]]
+    given, free = _denoisers(pipeline, *(with_size(t, *side) for t in (text, pipeline.null)))
     trace = hutchinson(torch.stack([signs(draws("probe", k)) for k in range(settings.probes)]))
     base = gaussian_base(data_std)
 
@@ -244,9 +247,11 @@ def _figures(
     return [Sample(*row) for row in rows], () if bound is None else bound.levels
 
 
-def _denoisers(pipeline: Pipeline, text: TextEmbedding) -> tuple[Denoise, Denoise | None]:
+def _denoisers(
+    pipeline: Pipeline, text: TextEmbedding, null: TextEmbedding
+) -> tuple[Denoise, Denoise | None]:
     """With the caption, and with the empty one where the model knows it."""
-    model = Model(pipeline.diffusion, pipeline._network, text, pipeline.null)
+    model = Model(pipeline.diffusion, pipeline.network, text, null)
     knows_empty = pipeline.contract.caption_dropout > 0
     return classifier_free(model, 1.0), classifier_free(model, 0.0) if knows_empty else None
 

@@ -32,8 +32,10 @@ from ldm.evaluation.memorisation import (
     pictures_of,
     pixel_features,
 )
+from ldm.inference.guiding import with_size
 from ldm.inference.inversion import encode
 from ldm.inference.pipeline import Pipeline
+from ldm.models.text import TooLong
 from ldm.randomness import permutation
 from ldm.types import Example, Level, Source
 
@@ -95,7 +97,7 @@ class Data:
     held_out: Source | None
     image_px: int
     small: Literal["upscale", "error"]
-    too_long: Literal["error", "truncate"]
+    too_long: TooLong
 
     def pictures(
         self, source: Source, rows: Iterable[int], bad: dict[str, str] | None = None
@@ -244,9 +246,11 @@ def compare_with_ideal(pipeline: Pipeline, data: Data, settings: Settings) -> Ga
     ratios = torch.tensor(RATIOS, dtype=torch.float64)
     levels = process.levels(process.t_at(-2 * ratios.log()))
 
+    nothing = with_size(pipeline.null, *pipeline.trained_size)
+
     def denoise(x: Tensor, level: Level) -> Tensor:
-        null = pipeline.null[torch.zeros(len(x), dtype=torch.long, device=x.device)]
-        return pipeline.diffusion.denoise(pipeline._network, x, level, null)
+        null = nothing[torch.zeros(len(x), dtype=torch.long, device=x.device)]
+        return pipeline.diffusion.denoise(pipeline.network, x, level, null)
 
     def gaps(probes: Tensor) -> tuple[Gap, ...]:
         return ideal_gap(denoise, points, levels, probes=probes, seed=settings.seed)

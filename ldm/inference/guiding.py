@@ -7,7 +7,7 @@ hold the identity of the first and the name of the second, so a replay needs the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ import torch
 from ldm.diffusion.guidance import GUIDANCE, Finish, LogProb, Model
 from ldm.errors import LdmError, named
 from ldm.inference.images import Request
-from ldm.types import Denoise
+from ldm.types import Denoise, Level, TextEmbedding
 
 if TYPE_CHECKING:
     from ldm.inference.pipeline import Pipeline
@@ -26,28 +26,41 @@ USES_NULL = ("classifier_free", "perp_neg", "apg")
 
 
 def guided_denoise(
-    pipeline: Pipeline, requests: Sequence[Request], *, with_variance: bool = False
+    pipeline: Pipeline,
+    requests: Sequence[Request],
+    plan: Iterable[Level] = (),
+    *,
+    with_variance: bool = False,
 ) -> Denoise:
     """What the sampler sees, for requests with equal settings; it serves one run.
 
-    With the variance that the model learned: 2C channels, guided x0 and the prompt's own v.
+    Args:
+        pipeline: the model, and the guide or classifier with it.
+        requests: one per picture.
+        plan: the levels of the run, for what can be computed ahead.
+        with_variance: return the variance that the model learned as well: 2C channels, guided x0
+            and the prompt's own v.
     """
     first = requests[0]
     prompts = [request.prompt for request in requests]
+    weighting = first.weighting
     negative = first.negative if first.guidance in USES_NULL else None
     options: dict[str, Any] = {}
     if first.guidance == "perp_neg":
-        options["negative"] = _embedded(pipeline, [negative]) if negative else None
+        steered = _embedded(pipeline, [negative], weighting) if negative else None
+        options["negative"] = (
+            None if steered is None else with_size(steered, first.height, first.width)
+        )
         negative = None  # it does not take the place of the empty prompt
     elif first.guidance == "apg":
         options["eta"], options["momentum"] = first.apg_eta, first.apg_momentum
         options["norm"] = first.apg_norm or math.inf
     elif first.guidance == "autoguidance":
         assert pipeline.guide is not None, "checked with the request"
-        options["weak"] = _model(pipeline.guide, prompts, None)
+        options["weak"] = _sized(_model(pipeline.guide, prompts, None, weighting), first)
     elif first.guidance == "classifier":
         options["log_prob"] = pipeline.log_prob
-    model = _model(pipeline, prompts, negative)
+    model = _sized(replace(_model(pipeline, prompts, negative, weighting), levels=plan), first)
     if with_variance:
         model = replace(model, ask=pipeline.diffusion.denoise_with_variance)
     rule = GUIDANCE[first.guidance]
@@ -66,13 +79,30 @@ def finish_of(request: Request) -> Finish:
     return Finish(request.interval, request.rescale, request.threshold, limit)
 
 
-def _model(pipeline: Pipeline, prompts: Sequence[str], negative: str | None) -> Model:
-    null = _embedded(pipeline, [negative]) if negative else pipeline.null
-    return Model(pipeline.diffusion, pipeline._network, _embedded(pipeline, prompts), null)
+def _model(
+    pipeline: Pipeline, prompts: Sequence[str], negative: str | None, weighting: bool
+) -> Model:
+    null = _embedded(pipeline, [negative], weighting) if negative else pipeline.null
+    text = _embedded(pipeline, prompts, weighting)
+    return Model(pipeline.diffusion, pipeline.network, text, null)
 
 
-def _embedded(pipeline: Pipeline, prompts: Sequence[str]) -> Any:
-    return pipeline.encoder(list(prompts)).to(pipeline.device)
+def _sized(model: Model, request: Request) -> Model:
+    """The model told what SDXL is told of sizes: a whole picture of the size that is drawn."""
+    size = request.height, request.width
+    text, null = (with_size(part, *size) for part in (model.text, model.null))
+    return replace(model, text=text, null=null)
+
+
+def with_size(text: TextEmbedding, height: int, width: int) -> TextEmbedding:
+    """The embedding with what SDXL is told of a whole picture of this size in pixels."""
+    size = [height, width]
+    row = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=text.tokens.device)
+    return replace(text, sizes=row.expand(len(text), -1))
+
+
+def _embedded(pipeline: Pipeline, prompts: Sequence[str], weighting: bool) -> Any:
+    return pipeline.encoder(list(prompts), weighting=weighting).to(pipeline.device)
 
 
 def own_rule(pipeline: Pipeline) -> dict[str, str]:

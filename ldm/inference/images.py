@@ -56,6 +56,12 @@ class Request:
     """Name of the function whose gradient guided; the function itself is not kept."""
     source: str | None = None
     """Hash of the picture that it starts from; None for noise."""
+    weighting: bool = False
+    """Whether `(word:1.3)` in the prompts is emphasis, or text."""
+    lora: str | None = None
+    """Hash and strength of the adapters merged into the model, one a line."""
+    lora_path: str | None = None
+    """Where they were loaded from, in the same order."""
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Request:
@@ -80,10 +86,12 @@ class Request:
             "int": (int,),
             "float": (int, float),
             "tuple[float, float]": (list, tuple),
+            "bool": (bool,),
         }
         for field in fields(cls):
             value = values.get(field.name, field.default)
-            if not isinstance(value, legal[str(field.type)]) or isinstance(value, bool):
+            is_wrong_bool = isinstance(value, bool) and field.type != "bool"
+            if not isinstance(value, legal[str(field.type)]) or is_wrong_bool:
                 raise ValueError(f"{field.name} is {value!r}")
         low, high = values["interval"]
         return cls(**{**values, "interval": (float(low), float(high))})

@@ -24,6 +24,7 @@ from ldm.errors import LdmError, named
 from ldm.inference.guiding import guided_denoise
 from ldm.inference.images import Request
 from ldm.inference.pipeline import to_images
+from ldm.models import tiling
 
 if TYPE_CHECKING:
     from ldm.inference.pipeline import Pipeline
@@ -82,7 +83,7 @@ def invert(
     for begin in range(0, len(pixels), batch_size):
         rows = slice(begin, begin + batch_size)
         x0 = encode(pipeline, pixels[rows])
-        denoise = guided_denoise(pipeline, requests[rows])
+        denoise = guided_denoise(pipeline, requests[rows], plan)
         x = inversion.invert(denoise, x0, plan, method=method)
         found.append(x.cpu() / math.hypot(plan[0].alpha, plan[0].sigma))
     return torch.cat(found)
@@ -90,7 +91,8 @@ def invert(
 
 def encode(pipeline: Pipeline, pixels: Tensor) -> Tensor:
     """Pixels (B, 3, H, W) in [-1, 1] to latents (B, C, h, w), the posterior's mean, float32."""
-    moments = pipeline.vae.moments(pixels.to(next(pipeline.vae.parameters())))
+    pixels = pixels.to(next(pipeline.vae.parameters()))
+    moments = tiling.encode(pipeline.vae, pixels, pipeline.vae_tile_px)
     return pipeline.vae.latents(moments, moments.new_zeros(())).float()
 
 

@@ -1,4 +1,4 @@
-"""From a run directory and a prompt to pictures. Knows nothing of training.
+"""From a run or a published model and a prompt to pictures. Knows nothing of training.
 
 Every picture has its own seed and its own noise, drawn on the CPU, so picture k of a batch is the
 picture that its seed gives alone, on any device.
@@ -16,10 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ldm import storage
-from ldm.build import load_denoiser, load_vae_directory
-from ldm.checkpoint import Contract, find_checkpoint, load_contract, load_null
-from ldm.checkpoint.contract import CONTRACT
+from ldm.checkpoint import Contract
 from ldm.diffusion.core import Diffusion
 from ldm.diffusion.guidance import LogProb
 from ldm.diffusion.prediction import PREDICTIONS
@@ -27,8 +24,12 @@ from ldm.diffusion.process import PROCESSES
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import levels
 from ldm.errors import ExitCode, LdmError, named
+from ldm.exchange.opening import Options
 from ldm.inference import guiding
+from ldm.inference.adapters import Merged, check_adapters, merge_files
 from ldm.inference.images import Pictures, Request
+from ldm.inference.loading import load_model, usable_device
+from ldm.inference.network import Network
 from ldm.inference.settings import check_solver, converted, sides, texts, whole
 from ldm.inference.starting import (
     check_sources,
@@ -37,14 +38,16 @@ from ldm.inference.starting import (
     initial_state,
     step_noise,
 )
+from ldm.models import tiling
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.text import HuggingFaceTextEncoder, load_text_encoder
+from ldm.models.backends import Backends, choose
+from ldm.models.text import FrozenTextEncoder
 from ldm.types import TextEmbedding
 
 SETTINGS = (
     *("steps", "sampler", "spacing", "shift", "eta"),
     *("guidance", "cfg_scale", "rescale", "interval", "threshold", "threshold_limit"),
-    *("apg_eta", "apg_norm", "apg_momentum"),
+    *("apg_eta", "apg_norm", "apg_momentum", "weighting"),
 )
 MAX_SIDE, MAX_PICTURES = 4096, 100_000
 
@@ -69,7 +72,7 @@ class Pipeline:
     def __init__(
         self,
         vae: AutoencoderKL,
-        encoder: HuggingFaceTextEncoder,
+        encoder: FrozenTextEncoder,
         net: nn.Module,
         null: TextEmbedding,
         contract: Contract,
@@ -83,6 +86,8 @@ class Pipeline:
         self.contract, self.name, self.identity = contract, name, identity
         self.guide, self.log_prob = guide, log_prob
         self._warned: set[tuple[int, int]] = set()  # sizes whose warning was given
+        self.backends, self.lora = Backends(), Merged()
+        self.vae_tile_px: int | None = None  # strip_px of `tiling.decode`: memory, not the pictures
         self.fitting_guide: Pipeline | None = None  # the one whose VAE was compared with ours
         self.diffusion = Diffusion(
             named("process", PROCESSES, contract.process),
@@ -98,39 +103,43 @@ class Pipeline:
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
+        options: Options = Options(),  # noqa: B008, frozen
+        lora: Sequence[str] = (),
+        attention: str = "auto",
+        cpu_kernels: str = "auto",
     ) -> Pipeline:
-        """Loads the newest verified checkpoint of a run, or one checkpoint.
+        """Loads a run or a published model.
 
         Args:
-            path: run directory, or a step directory inside one.
+            path: run directory, a step directory inside one, a diffusers directory, a Hub id, or a
+                single safetensors file of the original layout.
             device: where to draw; None takes a GPU when there is one.
             dtype: of the weights; the state of the sampler is always float32.
+            options: what a published model leaves open.
+            lora: adapters to merge into the denoiser, each PATH or PATH=STRENGTH.
+            attention: kernel of the denoiser's attention: auto, sdpa, xformers or flex.
+            cpu_kernels: on a CPU: auto takes faster kernels of equal precision where a probe finds
+                them, plain is torch's own way.
 
         Raises:
-            LdmError: code IO or USAGE when there is no model at `path`, or it is damaged.
+            LdmError: see `load_model`; or a kernel that cannot be used.
         """
         device = usable_device(device)
-        folder = find_checkpoint(Path(path))
-        if not (folder / CONTRACT).is_file():
-            raise LdmError(
-                "this checkpoint has no denoiser to draw with",
-                where=str(folder),
-                fix="give the run directory of train_diffusion.py",
-            )
-        with storage.hold(folder):  # a run that trains on does not delete it meanwhile
-            contract = load_contract(folder)
-            net, _ = load_denoiser(folder)
-            vae = load_vae_directory(folder / "vae")
-            encoder = load_text_encoder(folder, max_tokens=contract.max_tokens)
-            return cls(
-                vae.to(device, dtype),
-                encoder.to(device),
-                net.to(device, dtype),
-                load_null(folder).to(device),
-                contract,
-                str(folder.resolve()),
-                storage.sha256(folder / storage.MANIFEST),
-            )
+        backends = choose(attention, cpu_kernels, device)
+        parts = load_model(path, options)
+        merged = merge_files(parts.net, lora)
+        vae = parts.vae.to(device, dtype)
+        pipeline = cls(
+            Backends(cpu=backends.cpu).install(vae),
+            parts.encoder.to(device),
+            backends.install(parts.net.to(device, dtype)),
+            parts.null.to(device),
+            parts.contract,
+            parts.name,
+            parts.identity,
+        )
+        pipeline.backends, pipeline.lora = backends, merged
+        return pipeline
 
     @property
     def device(self) -> torch.device:
@@ -255,6 +264,7 @@ class Pipeline:
         named_rule = {} if "guidance" in settings else guiding.own_rule(self)
         asked = {**self.defaults(), **named_rule, **settings}
         asked |= guiding.recorded(self, asked.get("guidance", ""))
+        asked |= {"lora": self.lora.identity, "lora_path": self.lora.given}
         asked = converted({"negative": negative, **asked})
         asked.setdefault("eta", named("sampler", SAMPLERS, asked["sampler"]).eta)
         height, width = self.trained_size if size is None else sides(size)
@@ -302,7 +312,8 @@ class Pipeline:
         images: dict[int, Image.Image] = {}
         for rows in _batches(requests, batch_size):
             x1 = None if sources is None else sources[rows]
-            pixels = self._draw_batch([requests[row] for row in rows], x1)
+            with self.backends.keeping_memory():
+                pixels = self._draw_batch([requests[row] for row in rows], x1)
             images.update(zip(rows, to_images(pixels), strict=True))
             if progress is not None:
                 progress(len(images))
@@ -336,13 +347,15 @@ class Pipeline:
             )
         check_solver(self.contract, request)
         check_start(self, request)
+        check_adapters(self, request)
         guiding.check_guidance(self, request)
 
     def _draw_batch(self, requests: Sequence[Request], x1: Tensor | None = None) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] of requests with equal settings, from given x1."""
         x1 = initial_noise(self, requests) if x1 is None else x1
         x = self.latents(requests, x1)
-        pixels = self.vae.decode(x.to(next(self.vae.parameters()).dtype)).float()
+        x = x.to(next(self.vae.parameters()).dtype)
+        pixels = tiling.decode(self.vae, x, self.vae_tile_px).float()
         if not torch.isfinite(pixels).all():
             raise LdmError(
                 "the model produced values that are not finite",
@@ -357,33 +370,17 @@ class Pipeline:
         """Latents at t = 0 of requests with equal settings, from those at t = 1, (B, C, h, w)."""
         first = requests[0]
         sampler = SAMPLERS[first.sampler]
-        denoise = guiding.guided_denoise(self, requests, with_variance=sampler.learned_variance)
         plan = levels(self.diffusion.process, first.steps, spacing=first.spacing, shift=first.shift)
+        denoise = guiding.guided_denoise(
+            self, requests, plan, with_variance=sampler.learned_variance
+        )
         x = initial_state(x1, plan, first).to(self.device)
         return sampler.run(denoise, x, plan, noise=step_noise(self, requests), eta=first.eta)
 
-    def _network(self, x: Tensor, t: Tensor, text: TextEmbedding) -> Tensor:
-        dtype = next(self.net.parameters()).dtype
-        prediction: Tensor = self.net(x.to(dtype), t, text.to(x.device, dtype))
-        return prediction.float()
-
-
-def usable_device(wanted: torch.device | str | None) -> torch.device:
-    """The device to draw on; None is a GPU when there is one.
-
-    Raises:
-        LdmError: code USAGE for a device that does not exist here.
-    """
-    if wanted is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(wanted)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise LdmError(
-            f"there is no device {str(wanted)!r} here", where="device", fix="use cpu"
-        ) from None
-    return device
+    @property
+    def network(self) -> Network:
+        """The denoiser as guidance asks it, in whatever precision its weights are."""
+        return Network(self.net)
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:

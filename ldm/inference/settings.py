@@ -133,6 +133,12 @@ def _times(name: str, value: Any) -> tuple[float, float]:
     return _number(name, value[0]), _number(name, value[1])
 
 
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise _wrong(name, value, "True or False")
+    return bool(value)
+
+
 def _wrong(name: str, value: Any, kind: str) -> LdmError:
     return LdmError(
         f"{name}={value!r} is not {kind}", where=name, fix=f"give {kind}, or leave it out"
@@ -145,5 +151,6 @@ KINDS: dict[str, Callable[[str, Any], Any]] = {
     "int": whole,
     "float": _number,
     "tuple[float, float]": _times,
+    "bool": _flag,
 }
 """By the type of a field of `Request`."""

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from ldm.models.autoencoder import AutoencoderConfig, AutoencoderKL
@@ -18,8 +18,13 @@ def weights_sha256(model: nn.Module) -> str:
 
     Hashed as float32, so a bfloat16 file has one identity however it is loaded.
     """
+    return tensors_sha256(dict(model.named_parameters()))
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """`weights_sha256` of tensors that are in no module."""
     digest = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
+    for name, weight in sorted(tensors.items()):
         # transformers dropped this prefix in 5.6; the weights did not change
         digest.update(f"{name.removeprefix('text_model.')}{list(weight.shape)}".encode())
         digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())

@@ -25,6 +25,9 @@ TARGETS: dict[str, tuple[str, ...]] = {
 }
 """Which layers get adapters: the products of every attention, or every linear layer."""
 
+FOLDER = "lora"
+"""Where a checkpoint keeps the adapters that its run trained."""
+
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """The file name by which diffusers finds adapters in a directory."""
 

@@ -16,7 +16,7 @@ from ldm.config.schema import DataConfig, DiffusionExperiment
 from ldm.data.pairs import PicturePairs, open_picture_pairs
 from ldm.data.transforms import Draws, fit
 from ldm.errors import ExitCode, LdmError
-from ldm.inference.pipeline import usable_device
+from ldm.inference.loading import usable_device
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.identity import autoencoder_sha256, value_sha256
 from ldm.training.pairs import Made, PairFacts, build_pairs

@@ -16,13 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ldm.config.models import PretrainedConfig
 from ldm.config.schema import DiffusionExperiment
 from ldm.data.loader import Place, Share, micro_batches
-from ldm.data.transforms import Draws, fit
+from ldm.data.transforms import Draws, fit, sizes_of
 from ldm.errors import ExitCode, LdmError
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.identity import autoencoder_sha256, value_sha256
-from ldm.models.text import HuggingFaceTextEncoder
+from ldm.models.text import FrozenTextEncoder
 from ldm.randomness import uniform
 from ldm.training.session import refuse_too_many_bad
 from ldm.training.shards import build_shards, read_shard, shard_folders, write_shard
@@ -58,7 +59,7 @@ class TextCache:
         span = torch.arange(int(self.lengths.max()))
         mask = span[None] < self.lengths[captions][:, None]  # (B, L)
         places = (self.starts[captions][:, None] + span).clamp(max=len(self.tokens) - 1)
-        tokens = self.tokens[places].float() * mask[..., None]  # (B, L, D)
+        tokens = self.tokens[places].float().mul_(mask[..., None])  # (B, L, D), gathered: a copy
         return TextEmbedding(
             tokens, mask, None if self.pooled is None else self.pooled[captions].float()
         )
@@ -73,17 +74,25 @@ class Cache:
         moments: (N, V, 2C, h, w), V = 2 where the mirrored picture is kept too.
         bad: why a sample is set aside, by its id; its moments are zeros.
         text: the captions.
+        sizes: (N, V, 6), what SDXL is told of each picture, where the cache has it.
     """
 
     ids: tuple[str, ...]
     moments: Tensor
     bad: dict[str, str]
     text: TextCache
+    sizes: Tensor | None = None
 
     def latent_moments(self, rows: Tensor, mirrored: Tensor) -> Tensor:
         """(B, 2C, h, w) float32 of samples `rows`, of the mirrored picture where `mirrored`."""
-        variant = mirrored.long() if self.moments.shape[1] == 2 else torch.zeros_like(rows)
-        return self.moments[rows, variant].float()
+        return self.moments[rows, self._variant(mirrored)].float()
+
+    def sizes_of(self, rows: Tensor, mirrored: Tensor) -> Tensor | None:
+        """(B, 6) of samples `rows`, of the mirrored picture where `mirrored`."""
+        return None if self.sizes is None else self.sizes[rows, self._variant(mirrored)]
+
+    def _variant(self, mirrored: Tensor) -> Tensor:
+        return mirrored.long() * (self.moments.shape[1] - 1)
 
 
 class CachedLoader:
@@ -124,6 +133,7 @@ class CachedLoader:
             positions=tuple(place.position for place in places),
             moments=self.cache.latent_moments(rows, mirrored),
             text=self.cache.text.rows(rows),
+            sizes=self.cache.sizes_of(rows, mirrored),
         )
 
 
@@ -131,7 +141,7 @@ def build_cache(
     config: DiffusionExperiment,
     source: Source,
     vae: AutoencoderKL,
-    encoder: HuggingFaceTextEncoder,
+    encoder: FrozenTextEncoder,
     *,
     share: tuple[int, int] = (0, 1),
     stopped: Callable[[], bool] = lambda: False,
@@ -163,7 +173,7 @@ def build_cache(
 def build_text(
     config: DiffusionExperiment,
     captions: Sequence[str],
-    encoder: HuggingFaceTextEncoder,
+    encoder: FrozenTextEncoder,
     *,
     share: tuple[int, int] = (0, 1),
     stopped: Callable[[], bool] = lambda: False,
@@ -213,12 +223,14 @@ def load_cache(config: DiffusionExperiment, source: Source, folders: tuple[Path,
     bad = {name: why for _, facts in pictures for name, why in facts["bad"].items()}
     for name, why in bad.items():
         log.warning("set aside: %s", why if name in why else f"{name}: {why}")
+    has_sizes = all("sizes" in tensors for tensors, _ in pictures)
     refuse_too_many_bad(bad, len(bad), len(source), config.data.max_bad_fraction)
     return Cache(
         ids=tuple(source.ids),
         moments=torch.cat([tensors["moments"] for tensors, _ in pictures]),
         bad=bad,
         text=load_text_cache(config, source.captions, text),
+        sizes=torch.cat([tensors["sizes"] for tensors, _ in pictures]) if has_sizes else None,
     )
 
 
@@ -246,9 +258,14 @@ def _moments_folder(config: DiffusionExperiment, source: Source, vae: Autoencode
     data = config.data
     # latent statistics are applied after reading, so they are not part of the key
     layout = replace(vae.config, latents_mean=None, latents_std=None)
+    told = isinstance(config.model, PretrainedConfig) or getattr(
+        config.model, "size_conditioning", False
+    )
     key = value_sha256(
         {
             "format": FORMAT,
+            # an older cache, which knows no sizes, still serves a denoiser that reads none
+            **({"sizes": True} if told else {}),
             "vae": autoencoder_sha256(vae, layout),
             "data": source.fingerprint,
             "image_px": data.image_px,
@@ -262,7 +279,7 @@ def _moments_folder(config: DiffusionExperiment, source: Source, vae: Autoencode
 
 
 def _text_folder(
-    config: DiffusionExperiment, captions: Sequence[str], encoder: HuggingFaceTextEncoder
+    config: DiffusionExperiment, captions: Sequence[str], encoder: FrozenTextEncoder
 ) -> Path:
     key = value_sha256(
         {
@@ -287,7 +304,7 @@ def _dtype(config: DiffusionExperiment) -> torch.dtype:
 
 @torch.inference_mode()
 def _encode_text(
-    encoder: HuggingFaceTextEncoder, captions: list[str], config: DiffusionExperiment, out: Path
+    encoder: FrozenTextEncoder, captions: list[str], config: DiffusionExperiment, out: Path
 ) -> None:
     rows: list[Tensor] = []
     pooled: list[Tensor] = []
@@ -311,6 +328,8 @@ def _encode_pictures(
     side, views = data.image_px // factor, 2 if data.flip else 1
     device = next(vae.parameters()).device
     moments = torch.zeros(len(rows), views, 2 * vae.config.latent_channels, side, side)
+    px = data.image_px
+    sizes = torch.tensor([px, px, 0, 0, px, px]).float().repeat(len(rows), views, 1)
     bad: dict[str, str] = {}
     for start in range(0, len(rows), config.cache.batch_size):
         places, pictures = [], []
@@ -318,14 +337,16 @@ def _encode_pictures(
             name = source.ids[rows[place]]
             try:
                 example = source[rows[place]]
-                picture = fit(
-                    example.pixels, data.image_px, draws=Draws(0, 0, name), small=data.too_small
-                )
+                draws, (height, width) = Draws(0, 0, name), example.pixels.shape[:2]
+                picture = fit(example.pixels, px, draws=draws, small=data.too_small)
             except LdmError as error:
                 if error.code != ExitCode.BAD_DATA:
                     raise
                 bad[name] = str(error)
                 continue
+            for view in range(views):
+                told = sizes_of(height, width, px, draws=draws, mirrored=bool(view))
+                sizes[place, view] = torch.tensor(told)
             places.append(place)
             pictures.append(picture)
         if not pictures:
@@ -342,4 +363,4 @@ def _encode_pictures(
                     code=ExitCode.NUMERICS,
                 )
             moments[places, view] = encoded
-    write_shard(out, {"moments": moments.to(_dtype(config))}, {"bad": bad})
+    write_shard(out, {"moments": moments.to(_dtype(config)), "sizes": sizes}, {"bad": bad})

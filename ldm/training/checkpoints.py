@@ -7,10 +7,10 @@ A checkpoint holds the averaged weights in diffusers' layout, which is what one 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from ldm.checkpoint import (
     save_module,
     save_null,
     save_state,
+    save_tensors,
     unpack,
 )
 from ldm.checkpoint.contract import NULL
@@ -39,12 +40,17 @@ from ldm.config.schema import DataConfig, DiffusionExperiment
 from ldm.data.transforms import Draws, fit
 from ldm.diffusion.importance import Importance
 from ldm.errors import ExitCode, LdmError
+from ldm.models import lora
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.dit import DiT
-from ldm.models.identity import autoencoder_sha256
-from ldm.models.text import HuggingFaceTextEncoder
+from ldm.models.external import ExternalDenoiser
+from ldm.models.identity import autoencoder_sha256, tensors_sha256
+from ldm.models.mmdit import MMDiT
+from ldm.models.mmdit_config import CLASS
+from ldm.models.text import FrozenTextEncoder
 from ldm.randomness import permutation
 from ldm.training.ema import Ema
+from ldm.training.kernels import choose_backends
 from ldm.training.session import Progress, Session
 from ldm.types import Source, TextEmbedding
 
@@ -58,6 +64,13 @@ standard deviation, since every picture has many latent pixels."""
 log = logging.getLogger(__name__)
 
 
+class Beside(NamedTuple):
+    """A network that training needs and sampling does not, such as a discriminator."""
+
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+
+
 class Writer(Protocol):
     """What the training loops need of a stage's checkpoints."""
 
@@ -66,6 +79,10 @@ class Writer(Protocol):
     optimizer: torch.optim.Optimizer
     importance: Importance | None
     """What is known of the losses by time, where times are drawn by it; else None."""
+    beside: dict[str, Beside]
+    """Networks that are trained beside the model, by name."""
+    fixed: dict[str, str]
+    """Hashes of frozen parts of the objective that lie outside of the run, by name."""
 
     @property
     def model(self) -> nn.Module: ...
@@ -91,12 +108,16 @@ def resume(session: Session, writer: Writer, fingerprint: str) -> Progress:
             )
         session.write_config()
         session.metrics.start(0)
-        return Progress(precision=session.precision, data=fingerprint)
+        kernels = session.backends.cpu
+        return Progress(precision=session.precision, cpu_kernels=kernels, data=fingerprint)
     folder = find_checkpoint(session.run_dir)
     refuse_another_experiment(folder / "config.yaml", session.config)
     session.write_config()
-    items = STATE_ITEMS if writer.importance is None else (*STATE_ITEMS, IMPORTANCE)
+    items = [*STATE_ITEMS, *writer.fixed, *([IMPORTANCE] if writer.importance is not None else [])]
+    for name in writer.beside:
+        items += [name, f"{name}_optimizer"]
     tensors, facts = load_state(folder / "state", items)
+    refuse_other_parts(writer.fixed, facts, folder)
     load_strict(writer.model, unpack("weights", tensors), str(folder / "state"))
     writer.ema.load_state_dict(unpack("ema", tensors))
     if writer.importance is not None:
@@ -107,6 +128,10 @@ def resume(session: Session, writer: Writer, fingerprint: str) -> Progress:
         unpack("optimizer", tensors),
         facts["optimizer"],
     )
+    for name, (net, optimizer) in writer.beside.items():
+        load_strict(net, unpack(name, tensors), str(folder / "state"))
+        key = f"{name}_optimizer"
+        load_optimizer_state(optimizer, net.named_parameters(), unpack(key, tensors), facts[key])
     progress = Progress(**facts["progress"])
     if progress.data != fingerprint:
         raise LdmError(
@@ -117,6 +142,8 @@ def resume(session: Session, writer: Writer, fingerprint: str) -> Progress:
         )
     if session.config.train.precision == "auto":
         session.precision = progress.precision
+    if session.config.train.cpu_kernels == "auto":
+        session.backends = choose_backends(session, progress.cpu_kernels)
     session.metrics.start(progress.step)
     writer.last = folder
     if session.is_main:
@@ -124,56 +151,39 @@ def resume(session: Session, writer: Writer, fingerprint: str) -> Progress:
     return progress
 
 
+def refuse_other_parts(now: Mapping[str, str], facts: Mapping[str, Any], folder: Path) -> None:
+    """Stops with code CONFIG where a frozen part is not the one that the run began with."""
+    if changed := [name for name, value in now.items() if facts[name] != value]:
+        raise LdmError(
+            f"the weights of the {' and '.join(changed)} loss differ from those this run began "
+            "with",
+            where=str(folder),
+            fix="put the former ones back, or use another run.dir",
+            code=ExitCode.CONFIG,
+        )
+
+
 def write_state(folder: Path, writer: Writer, progress: Progress) -> None:
     """Everything that resuming needs: raw weights, averages, moments, position."""
     tensors, facts = optimizer_state(writer.optimizer, writer.model.named_parameters())
     importance = {} if writer.importance is None else writer.importance.tensors()
-    save_state(
-        folder / "state",
-        {
-            **pack("weights", dict(writer.model.named_parameters())),
-            **pack("ema", writer.ema.state_dict()),
-            **pack("optimizer", tensors),
-            **pack(IMPORTANCE, importance),
-        },
-        {"weights": None, "ema": None, "optimizer": facts, "progress": asdict(progress)},
-    )
-
-
-class VaeWriter:
-    """Checkpoints of the VAE stage: `vae/` with the statistics of its own latents."""
-
-    def __init__(
-        self,
-        session: Session,
-        vae: AutoencoderKL,
-        ema: Ema,
-        optimizer: torch.optim.Optimizer,
-        source: Source,
-    ) -> None:
-        self.session, self.vae, self.ema, self.optimizer = session, vae, ema, optimizer
-        self.source, self.last = source, session.run_dir
-        self.importance: Importance | None = None
-
-    @property
-    def model(self) -> AutoencoderKL:
-        """What is trained."""
-        return self.vae
-
-    def save(self, progress: Progress) -> None:
-        """Publishes the averaged VAE and the resume state of this step."""
-
-        def write(folder: Path) -> None:
-            with self.ema.applied(self.model):
-                mean, std = latent_statistics(
-                    self.model, self.source, self.session.config.data, self.session.device
-                )
-                config = replace(self.model.config, latents_mean=mean, latents_std=std)
-                save_module(folder / "vae", dict(self.model.state_dict()), config.to_diffusers())
-            storage.write_text(folder / "config.yaml", self.session.resolved)
-            write_state(folder, self, progress)
-
-        self.last = publish(self.session, progress, write)
+    tensors = {
+        **pack("weights", writer.model.state_dict()),  # with fixed tables, such as positions
+        **pack("ema", writer.ema.state_dict()),
+        **pack("optimizer", tensors),
+        **pack(IMPORTANCE, importance),
+    }
+    known: dict[str, Any] = {
+        "weights": None,
+        "ema": None,
+        "optimizer": facts,
+        "progress": asdict(progress),
+        **writer.fixed,
+    }
+    for name, (net, optimizer) in writer.beside.items():
+        moments, known[f"{name}_optimizer"] = optimizer_state(optimizer, net.named_parameters())
+        tensors |= pack(name, dict(net.named_parameters())) | pack(f"{name}_optimizer", moments)
+    save_state(folder / "state", tensors, known)
 
 
 class DiffusionWriter:
@@ -187,18 +197,27 @@ class DiffusionWriter:
         session: Session,
         frozen: Any,
         net: nn.Module,
+        learned: nn.Module,
         ema: Ema,
         optimizer: torch.optim.Optimizer,
     ) -> None:
         self.session, self.frozen, self.net = session, frozen, net
+        self.learned = learned  # the network, or the adapters in it
         self.ema, self.optimizer = ema, optimizer
         self.last = session.run_dir
         self.importance: Importance | None = None
+        self.beside: dict[str, Beside] = {}
+        self.fixed: dict[str, str] = {}
 
     @property
     def model(self) -> nn.Module:
         """What is trained."""
-        return self.net
+        return self.learned
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained, in a network that stays as it was."""
+        return self.learned is not self.net
 
     @property
     def components(self) -> Path:
@@ -212,11 +231,14 @@ class DiffusionWriter:
             LdmError: code CONFIG when another VAE or encoder was trained in the meantime.
         """
         vae: AutoencoderKL = self.frozen.vae
-        encoder: HuggingFaceTextEncoder = self.frozen.encoder
+        encoder: FrozenTextEncoder = self.frozen.encoder
         now = {
             "vae": autoencoder_sha256(vae, vae.config),
             "text_encoder": encoder.identity["weights"],
         }
+        name, config, _ = denoiser_facts(self.net)
+        if self.has_adapters:
+            now["denoiser"] = tensors_sha256(lora.base_state(self.net))
         if self.components.exists():
             then = storage.verify(self.components)["facts"]
             if changed := [name for name, value in now.items() if then[name] != value]:
@@ -230,30 +252,36 @@ class DiffusionWriter:
         with storage.publish(self.components, now) as folder:
             save_module(folder / "vae", dict(vae.state_dict()), vae.config.to_diffusers())
             encoder.save(folder)
+            if self.has_adapters:
+                save_module(folder / name, lora.base_state(self.net), config)
 
     def save(self, progress: Progress) -> None:
         """Publishes the averaged denoiser with its frozen parts, contract and resume state."""
 
         def write(folder: Path) -> None:
-            for part in ("vae", "text_encoder", "tokenizer"):
+            text: dict[str, tuple[str, str]] = self.frozen.encoder.components()
+            for part in ("vae", *text):
                 storage.link_tree(self.components / part, folder / part)
-            name, config, class_ = denoiser_facts(self.model)
+            name, config, class_ = denoiser_facts(self.net)
             with self.ema.applied(self.model):
-                save_module(folder / name, dict(self.model.state_dict()), config)
+                if self.has_adapters:
+                    storage.link_tree(self.components / name, folder / name)
+                    storage.make_directory(folder / lora.FOLDER)
+                    adapters = lora.to_tensors(lora.adapters_of(self.net), name)
+                    save_tensors(folder / lora.FOLDER / lora.WEIGHTS, adapters)
+                else:
+                    save_module(folder / name, dict(self.net.state_dict()), config)
             null: TextEmbedding = self.frozen.null
             sha256 = save_null(folder, null)
             config_ = self.session.config
             assert isinstance(config_, DiffusionExperiment)
             save_contract(folder, make_contract(config_, self.frozen, sha256))
-            encoder = type(self.frozen.encoder.model).__name__
-            tokenizer = type(self.frozen.encoder.tokenizer).__name__
             save_model_index(
                 folder,
                 {
                     name: class_,
                     "vae": ("diffusers", "AutoencoderKL"),
-                    "text_encoder": ("transformers", encoder),
-                    "tokenizer": ("transformers", tokenizer),
+                    **text,
                 },
                 pipeline="LdmPipeline",
             )
@@ -278,13 +306,21 @@ def denoiser_facts(net: Any) -> tuple[str, dict[str, Any], tuple[str, str]]:
     """Folder, config.json and class of a denoiser in a checkpoint."""
     if isinstance(net, DiT):
         return "transformer", net.config.to_json(), ("ldm", "DiT")
+    if isinstance(net, MMDiT):
+        config = net.config.to_diffusers()
+        is_theirs = config["_class_name"] == CLASS
+        return "transformer", config, ("diffusers" if is_theirs else "ldm", config["_class_name"])
+    if isinstance(net, ExternalDenoiser):
+        name = net.config.class_name
+        folder = "unet" if name.startswith("UNet") else "transformer"
+        return folder, net.config.to_diffusers(), ("diffusers", name)
     return "unet", net.config.to_diffusers(), ("diffusers", "UNet2DConditionModel")
 
 
 def make_contract(config: DiffusionExperiment, frozen: Any, null_sha256: str) -> Contract:
     """The contract of a run: what its weights mean and how it is sampled by default."""
     vae: AutoencoderKL = frozen.vae
-    encoder: HuggingFaceTextEncoder = frozen.encoder
+    encoder: FrozenTextEncoder = frozen.encoder
     diffusion, channels = build_diffusion(config.diffusion), vae.config.latent_channels
     scale, offset = diffusion.process.clock
     sampling = config.sample.model_dump(mode="json")
@@ -306,11 +342,12 @@ def make_contract(config: DiffusionExperiment, frozen: Any, null_sha256: str) ->
         latent_noise=config.diffusion.latent_noise,
         offset_noise=config.diffusion.offset_noise,
         caption_dropout=config.diffusion.caption_dropout,
-        text_encoder=config.text.path or "random",
+        text_encoder=" + ".join((config.text.path or "random", *config.text.further_paths)),
         text_encoder_sha256=encoder.identity["weights"],
         tokenizer_sha256=encoder.identity["tokenizer"],
         max_tokens=encoder.max_tokens,
-        mask_rule="padding is masked in every attention",
+        mask_rule=encoder.mask_rule,
+        text_settings=encoder.settings,
         image_sizes=((side, side),),
         sampling={**sampling, "shift": config.diffusion.timesteps.shift},
     )

@@ -1,7 +1,7 @@
 """Trains a small CLIP on the captions and pictures at hand, for people without a network.
 
-What is kept is the text tower and its tokenizer, in the very layout of a published CLIP. The vision
-tower is only the teacher: it is measured and dropped.
+What is kept is the text tower and its tokenizer, in the very layout of a published CLIP, and the
+vision tower, whose features can serve as a perceptual loss.
 
 B pairs of a batch, N pairs, L tokens, P width of the shared space.
 """
@@ -121,7 +121,7 @@ def train_clip(
     *,
     progress: Progress | None = None,
     device: torch.device | str = "cpu",
-) -> tuple[HuggingFaceTextEncoder, dict[str, Any]]:
+) -> tuple[HuggingFaceTextEncoder, dict[str, Any], nn.Module]:
     """Trains a text and a vision tower so that a picture and its caption agree.
 
     The same arguments give the same weights bit for bit on the same machine. The global random
@@ -133,7 +133,8 @@ def train_clip(
         The frozen text encoder on the CPU, and JSON metrics: `loss` (mean of the last noted ones),
         `losses` ((step, loss) pairs), `retrieval` (top-1 among the held-out pairs, picture to
         caption and caption to picture), `forgotten` (what states do not tell of their words, see
-        `recall_loss` and `listing_loss`, nats), counts and `seconds`.
+        `recall_loss` and `listing_loss`, nats), counts and `seconds`; the frozen vision tower on
+        the CPU, a transformers CLIPVisionModel for pixels in [-1, 1].
 
     Raises:
         LdmError: BAD_DATA with too few usable pairs, CONFIG for an impossible shape, NUMERICS if
@@ -177,7 +178,8 @@ def train_clip(
         "vocabulary": len(tokenizer),
         "seconds": round(time.monotonic() - started, 2),
     }
-    return HuggingFaceTextEncoder(model.text_model.cpu(), tokenizer), metrics
+    tower: nn.Module = model.vision_model.cpu().requires_grad_(False)
+    return HuggingFaceTextEncoder(model.text_model.cpu(), tokenizer), metrics, tower
 
 
 def load_pairs(source: Source, config: ClipTraining) -> Pairs:

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from ldm import storage
 from ldm.build import open_data
+from ldm.checkpoint.perceptual_files import save_vision_tower
 from ldm.config.files import dump, refuse_another_experiment
 from ldm.config.schema import ClipExperiment
 from ldm.errors import ExitCode, LdmError
@@ -20,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 def train_clip_run(config: ClipExperiment) -> Path:
-    """Trains the small CLIP and publishes `run.dir` with text_encoder/ and tokenizer/.
+    """Trains the small CLIP and publishes `run.dir`: text_encoder/, tokenizer/, image_encoder/.
 
     The directory appears whole or not at all. A run that is there already is left alone; one that
     was interrupted starts over, which takes a minute and gives the same weights.
@@ -50,7 +51,7 @@ def train_clip_run(config: ClipExperiment) -> Path:
             bar.update(step - bar.n)
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
 
-        encoder, metrics = train_clip(source, settings, progress=progress, device=device)
+        encoder, metrics, tower = train_clip(source, settings, progress=progress, device=device)
     for name in metrics["set_aside"]:
         log.warning("set aside: %s", name)
     refuse_too_many_bad(
@@ -61,6 +62,7 @@ def train_clip_run(config: ClipExperiment) -> Path:
     )
     with storage.publish(run_dir) as folder:
         encoder.save(folder)
+        save_vision_tower(folder, tower)
         storage.write_json(folder / "metrics.json", metrics)
         storage.write_text(folder / "config.yaml", dump(config))
     return run_dir

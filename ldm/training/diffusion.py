@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -28,9 +28,12 @@ from ldm.data.loader import Loader
 from ldm.diffusion.guidance import stack
 from ldm.diffusion.importance import Importance
 from ldm.diffusion.loss import diffusion_loss
+from ldm.exchange.initial import check_objective
+from ldm.inference.guiding import with_size
 from ldm.models.autoencoder import AutoencoderKL
-from ldm.models.text import HuggingFaceTextEncoder
+from ldm.models.text import FrozenTextEncoder
 from ldm.randomness import normal
+from ldm.training.adapters import trained_part
 from ldm.training.cache import (
     CachedLoader,
     build_cache,
@@ -40,6 +43,7 @@ from ldm.training.cache import (
 )
 from ldm.training.checkpoints import DiffusionWriter, resume
 from ldm.training.ema import Ema
+from ldm.training.masking import on_some_tokens
 from ldm.training.noise import Ready, dropped_captions, training_eps, with_noise
 from ldm.training.optim import learning_rate, make_optimizer
 from ldm.training.pairs import PairLoader, Pairs, load_pairs, refuse_other_pairs
@@ -56,7 +60,7 @@ class Frozen:
     """What is not trained: the VAE, the text encoder, the null embedding (1, L, D)."""
 
     vae: AutoencoderKL
-    encoder: HuggingFaceTextEncoder
+    encoder: FrozenTextEncoder
     null: TextEmbedding
 
 
@@ -77,6 +81,7 @@ def train_diffusion(config: DiffusionExperiment) -> Path:
         refuse_other_pairs(source, config, frozen.vae)
     diffusion = build_diffusion(config.diffusion)
     diffusion.check()
+    check_objective(config.model, config.diffusion)
     weighting = build_weighting(config.diffusion)
     net = build_denoiser(
         config.model,
@@ -86,8 +91,9 @@ def train_diffusion(config: DiffusionExperiment) -> Path:
         checkpointing=config.train.gradient_checkpointing,
         learned_variance=diffusion.learned_variance,
     ).to(session.device)
-    ema, optimizer = Ema(net, config.train.ema_decay), make_optimizer(net, config.optim)
-    writer = DiffusionWriter(session, frozen, net, ema, optimizer)
+    learned = trained_part(net, config.lora, config.train.seed).to(session.device)
+    ema, optimizer = Ema(learned, config.train.ema_decay), make_optimizer(learned, config.optim)
+    writer = DiffusionWriter(session, frozen, net, learned, ema, optimizer)
     if config.diffusion.timesteps.importance:
         writer.importance = Importance.fresh()
     session.samples = len(source)
@@ -99,6 +105,7 @@ def train_diffusion(config: DiffusionExperiment) -> Path:
         sources = preview_sources(config, source)
         if config.preview.every_steps:
             frozen.encoder(prompts)  # one that is too long is refused now, not at the first preview
+        session.backends.install(net)
         trained = session.prepare(torch.compile(net) if config.train.compile else net)
         batches = loader.batches(progress.cursor)
         prepared = ((batch, *prepare(batch, frozen, config, session)) for batch in batches)
@@ -118,14 +125,14 @@ def train_diffusion(config: DiffusionExperiment) -> Path:
                 progress.step += 1
                 progress.cursor += config.train.batch_size
                 if norm is not None:
-                    ema.update(net, progress.step)
+                    ema.update(learned, progress.step)
                 meter.add({**values, "gradient_norm": norm or 0.0, "learning_rate": rate})
                 bar.update()
                 if session.due(progress.step, config.run.log_every_steps):
                     session.report(progress, meter, loader.bad, bar, cached=config.cache.enabled)
                 # before the save: a run killed in between makes this step, and its preview, again
                 if session.due(progress.step, config.preview.every_steps) and session.is_main:
-                    with ema.applied(net):
+                    with ema.applied(learned):
                         draw_samples(config, frozen, net, prompts, progress.step, sources)
                 stopping = session.stopping()
                 if stopping or session.due(progress.step, config.run.save_every_steps):
@@ -159,11 +166,15 @@ def accumulate(
         batch, x0, text, _ = ready
         place = training_times(batch, objective, config)
         eps = training_eps(ready, place.t, objective.diffusion.process, config)
+        step = objective.cursor // config.train.batch_size
+        learner, counted = on_some_tokens(net, batch, x0, config, step)
         last = micro == config.train.accumulation - 1
         with session.micro_batch_context(net, last=last):
             with session.autocast():
                 loss = diffusion_loss(
-                    net, objective.diffusion, x0, text, place.t, eps, objective.weighting
+                    *(learner, objective.diffusion, x0, text, place.t, eps),
+                    objective.weighting,
+                    counted,
                 )
             loss = loss * batch.weight.to(loss.device)
             session.accelerator.backward((loss * place.factor.to(loss)).sum() / share)
@@ -188,7 +199,10 @@ def prepare(
         x0 = batch.pair[0].to(device)
     else:
         x0 = encoded(batch, frozen, config, session)
-    return x0, drop_captions(text, frozen.null, dropped_captions(batch, config))
+    text = drop_captions(text, frozen.null, dropped_captions(batch, config))
+    if batch.sizes is None:  # of pairs, and of caches that were built before sizes were kept
+        return x0, with_size(text, config.data.image_px, config.data.image_px)
+    return x0, replace(text, sizes=batch.sizes.to(device))
 
 
 def encoded(batch: Batch, frozen: Frozen, config: DiffusionExperiment, session: Session) -> Tensor:
@@ -220,10 +234,10 @@ def training_data(config: DiffusionExperiment) -> tuple[Source, Source | None]:
 
 
 def load_frozen(config: DiffusionExperiment, source: Source, device: torch.device) -> Frozen:
-    """The VAE, the text encoder and the null embedding, which is the embedding of no words."""
+    """The VAE, the text encoder and the null embedding: of no words, or zeros."""
     vae = load_vae(config.vae, config.train.seed).to(device)
     encoder = load_text(config.text, source.captions, config.train.seed).to(device)
-    return Frozen(vae, encoder, encoder([""]))
+    return Frozen(vae, encoder, encoder.null())
 
 
 def open_loader(

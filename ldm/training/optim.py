@@ -48,3 +48,17 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         betas=(config.beta1, config.beta2),
         fused=True,
     )
+
+
+def clip_gradients(model: nn.Module, limit: float) -> float:
+    """Scales the gradients so that their norm over all parameters is at most `limit`.
+
+    Returns:
+        the norm before; it may be infinite or NaN, and so are then the gradients.
+    """
+    parameters = list(model.parameters())
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    value = float(norm)
+    if not value < 0.99 * limit:  # below, all would be multiplied by 1: a pass over the memory
+        nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+    return value

@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,9 @@ from ldm.config.files import dump
 from ldm.config.schema import Experiment
 from ldm.data.loader import Share
 from ldm.errors import ExitCode, LdmError
+from ldm.models.backends import Backends
+from ldm.training.kernels import choose_backends
+from ldm.training.optim import clip_gradients
 
 log = logging.getLogger(__name__)
 
@@ -48,8 +51,20 @@ class Progress:
     """Fingerprint of the training data."""
     precision: str = ""
     """What `train.precision` came to where the run began; kept on other machines."""
+    cpu_kernels: str = "plain"
+    """What `train.cpu_kernels` came to; runs of earlier versions had torch's own."""
     skipped_in_a_row: int = 0
     """The latest of these, without a good step between."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """One network's part of an optimizer step, its gradients ready."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    rate: float
+    clip_norm: float
 
 
 class StopFlag:
@@ -109,6 +124,7 @@ class Session:
         self.share = Share(
             config.train.batch_size, self.rank, self.world_size, config.train.accumulation
         )
+        self.backends: Backends = choose_backends(self, config.train.cpu_kernels)
 
     def autocast(self) -> torch.autocast:
         """The context in which networks run: bf16 products, or plain fp32."""
@@ -129,6 +145,13 @@ class Session:
         gathered: Tensor = self.accelerator.gather(rows.to(self.device))
         return gathered
 
+    def summed(self, values: Tensor) -> Tensor:
+        """The sum of `values` over all ranks, the same on every rank."""
+        if self.world_size == 1:
+            return values
+        total: Tensor = self.accelerator.reduce(values, "sum")
+        return total
+
     def on_main(self, what: Any) -> None:
         """Runs `what()` on the main process; its error is raised on every rank alike.
 
@@ -146,6 +169,7 @@ class Session:
     def opened(self) -> Iterator[None]:
         """The run directory is ours inside: locked and tidied."""
         with ExitStack() as stack:
+            stack.enter_context(self.backends.keeping_memory())
             self.on_main(lambda: self._open(stack))
             stack.callback(self.metrics.close)
             yield
@@ -203,8 +227,7 @@ class Session:
     def _sum_over_ranks(self, values: list[float]) -> list[float]:
         if self.world_size == 1:
             return values
-        packed = torch.tensor(values, device=self.device)
-        sums: list[float] = self.accelerator.reduce(packed, "sum").tolist()
+        sums: list[float] = self.summed(torch.tensor(values, device=self.device)).tolist()
         return sums
 
     def stopping(self) -> bool:
@@ -227,39 +250,61 @@ class Session:
     def optimizer_step(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, rate: float, progress: Progress
     ) -> float | None:
+        """`optimizer_steps` of a run that trains one network; its norm."""
+        update = Update(model, optimizer, rate, self.config.optim.clip_norm)
+        norms = self.optimizer_steps([update], progress)
+        return None if norms is None else norms[0]
+
+    def optimizer_steps(
+        self, updates: Sequence[Update], progress: Progress
+    ) -> tuple[float, ...] | None:
         """Clips and applies the gradients; a step that is not finite changes nothing.
 
-        Gradients were averaged over ranks, so a non-finite value on one rank is seen by all.
+        Networks that train together step together or not at all: what made one of them not finite
+        has gone through the other. Gradients were averaged over ranks, so a non-finite value on one
+        rank is seen by all.
 
         Returns:
-            the gradient norm before clipping, or None when the step was skipped.
+            the gradient norms before clipping, or None when the step was skipped.
 
         Raises:
             LdmError: code NUMERICS after `train.max_bad_steps` skipped steps in a row.
         """
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), self.config.optim.clip_norm)
-        value = norm.item()  # waits for the device: a check before every step has this price
-        if finite := _isfinite(value):
-            optimizer.step()
+        for update in updates:
+            for group in update.optimizer.param_groups:
+                group["lr"] = update.rate
+        # waits for the device, before every step
+        values = tuple(clip_gradients(update.model, update.clip_norm) for update in updates)
+        if finite := all(_isfinite(value) for value in values):
+            for update in updates:
+                update.optimizer.step()
             progress.skipped_in_a_row = 0
         else:
-            progress.skipped += 1
-            progress.skipped_in_a_row += 1
-            log.warning("step %d: gradient norm is %s; step skipped", progress.step, value)
-            if progress.skipped_in_a_row >= self.config.train.max_bad_steps:
-                bad = [n for n, p in model.named_parameters() if not _all_finite(p.grad)]
-                raise LdmError(
-                    f"{progress.skipped_in_a_row} steps in a row had no finite gradient "
-                    f"(first bad parameter: {bad[0] if bad else 'none, the loss overflowed'})",
-                    where=f"step {progress.step}",
-                    fix="lower optim.learning_rate, or set train.precision=fp32; the weights "
-                    "and the last checkpoint are good",
-                    code=ExitCode.NUMERICS,
-                )
-        optimizer.zero_grad(set_to_none=True)
-        return value if finite else None
+            self._skip([update.model for update in updates], values, progress)
+        for update in updates:
+            update.optimizer.zero_grad(set_to_none=True)
+        return values if finite else None
+
+    def _skip(
+        self, models: Sequence[nn.Module], norms: tuple[float, ...], progress: Progress
+    ) -> None:
+        """Counts a step without finite gradients; too many in a row end the run."""
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        shown = ", ".join(f"{norm:g}" for norm in norms)
+        log.warning("step %d: gradient norm is %s; step skipped", progress.step, shown)
+        if progress.skipped_in_a_row < self.config.train.max_bad_steps:
+            return
+        named = (pair for model in models for pair in model.named_parameters())
+        bad = [name for name, parameter in named if not _all_finite(parameter.grad)]
+        raise LdmError(
+            f"{progress.skipped_in_a_row} steps in a row had no finite gradient "
+            f"(first bad parameter: {bad[0] if bad else 'none, the loss overflowed'})",
+            where=f"step {progress.step}",
+            fix="lower optim.learning_rate, or set train.precision=fp32; the weights "
+            "and the last checkpoint are good",
+            code=ExitCode.NUMERICS,
+        )
 
 
 def refuse_too_many_bad(bad: Mapping[str, str], count: int, total: int, allowed: float) -> None:

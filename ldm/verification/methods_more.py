@@ -114,5 +114,29 @@ MORE = (
         "diffusion/elbo.py: continuous_elbo",
         ("test_likelihood.py::test_many_small_steps_tend_to_the_continuous_bound_with_order_one",),
     ),
+    Method(
+        "rotary positions, extrapolation",
+        "model.positions, base_size, rope_scaling",
+        "a logit depends on the offset alone; larger pictures interpolate or slow the rotations",
+        "Su et al. 2021 (2104.09864); Chen et al. 2023 (2306.15595); Peng et al. 2023 (2309.00071)",
+        "models/positions.py",
+        (
+            "test_positions.py::test_a_rotary_logit_depends_on_the_offset_alone",
+            "test_positions.py::test_ntk_scaling_slows_the_slowest_pair_alone_by_the_whole_factor",
+        ),
+    ),
+    Method(
+        "masked and routed tokens",
+        "model.masking",
+        "a random part of the patches is trained on, or skips some blocks",
+        "Zheng et al. 2023 (2306.09305); Sehwag et al. 2024 (2407.15811); "
+        "Krause et al. 2025 (2501.04765)",
+        "models/routing.py; training/masking.py",
+        (
+            "test_dit_routing.py::test_masked_patches_are_not_seen_and_nothing_is_predicted_there",
+            "test_dit_routing.py::test_routed_tokens_skip_their_blocks_and_come_back",
+            "test_dit_training.py::test_the_loss_is_the_mean_over_the_kept_pixels",
+        ),
+    ),
 )
 """Here `number` is the name that is looked for, and `name` where it is set."""
