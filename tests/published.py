@@ -228,6 +228,45 @@ def pixart(seed=0, scheduler=None):
     )
 
 
+def flux(seed=0, scheduler=None):
+    """FLUX: the states of a T5, the pooled vector of a CLIP, packed latents, guidance told."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(seed)
+    words, pieces = tokenizer(), t5_tokenizer()
+    config = T5Config(
+        vocab_size=len(pieces),
+        d_model=24,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+    )
+    net = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=24,
+        pooled_projection_dim=32,
+        guidance_embeds=True,
+        axes_dims_rope=(4, 6, 6),
+    ).eval()
+    return FluxPipeline(
+        transformer=louder(net, ("proj_out", "norm_out")),
+        vae=vae(16, 0.3611, 0.1159),
+        text_encoder=clip(words, 32),
+        tokenizer=words,
+        text_encoder_2=T5EncoderModel(config).eval(),
+        tokenizer_2=pieces,
+        scheduler=scheduler or FlowMatchEulerDiscreteScheduler(),
+    )
+
+
 def t5_tokenizer():
     from transformers import T5Tokenizer
 

@@ -18,7 +18,7 @@ from ldm.exchange.sources import is_published
 from ldm.inference.comparison import compared
 from ldm.inference.pipeline import Pipeline
 from ldm.training.diffusion import train_diffusion
-from tests.published import FAMILIES, NEGATIVE, PROMPT, SIDE, pixart
+from tests.published import FAMILIES, NEGATIVE, PROMPT, SIDE, flux, pixart
 from tests.recipes import tiny
 
 diffusers = pytest.importorskip("diffusers")
@@ -96,6 +96,51 @@ def test_pixart_draws_what_diffusers_draws_and_goes_back(tmp_path):
     assert exported.pipeline == "PixArtAlphaPipeline"
     agreement = compared(tmp_path / "out", pipeline, exported, PROMPT)
     assert agreement.holds, agreement.lines()
+
+
+@pytest.mark.parametrize("negative", [None, NEGATIVE])
+def test_flux_draws_what_diffusers_draws(tmp_path, negative):
+    """Through the adapter: packed latents, T5's states with CLIP's pooled vector, told guidance."""
+    pipe = flux()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.save_pretrained(tmp_path / "flux", safe_serialization=True)
+    pipeline = Pipeline.from_pretrained(tmp_path / "flux", device="cpu")
+    assert pipeline.encoder.style == "flux"
+    assert pipeline.contract.image_sizes == ((256, 256),)  # 128 latents of this tiny codec
+    x1, cfg = noise(16), 1.0 if negative is None else CFG
+    packed = pipe._pack_latents(x1, 1, 16, SIDE // 2, SIDE // 2)
+    with torch.no_grad():
+        picture = pipe(
+            PROMPT,
+            negative_prompt=negative,
+            true_cfg_scale=cfg,
+            num_inference_steps=STEPS,
+            height=SIDE,
+            width=SIDE,
+            latents=packed,
+            output_type="pt",
+        ).images
+    request = pipeline.requests(
+        PROMPT,
+        negative=negative,
+        steps=STEPS,
+        cfg_scale=cfg,
+        size=SIDE,
+        sampler="euler",
+        spacing="uniform",
+    )
+    drawn = (pipeline._draw_batch(request, x1) / 2 + 0.5).clamp(0, 1)
+    assert_close(drawn, picture, **PIXELS)
+
+
+def test_a_long_prompt_of_flux_is_read_by_t5_and_cut_for_clip(tmp_path):
+    flux().save_pretrained(tmp_path / "flux", safe_serialization=True)
+    encoder = Pipeline.from_pretrained(tmp_path / "flux", device="cpu").encoder
+    words = " ".join(["red"] * 90)
+    assert encoder.max_tokens == 512
+    one, other = encoder([words]), encoder([f"{words} circle"])
+    assert not torch.equal(one.tokens, other.tokens)
+    assert torch.equal(one.pooled, other.pooled)
 
 
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
@@ -292,6 +337,18 @@ def test_training_goes_on_from_a_published_model(saved, family, tmp_path):
     )
     drawn = after.requests(PROMPT, steps=2, size=SIDE)
     assert len(after.draw(drawn)) == 1
+
+
+def test_training_goes_on_from_flux_through_the_adapter(tmp_path):
+    folder = tmp_path / "flux"
+    flux().save_pretrained(folder, safe_serialization=True)
+    parts = ("text.style=flux", "text.padding=attended", "text.t5_tokens=120")
+    flow = OBJECTIVE["sd3"]
+    train_diffusion(pretrained(folder, tmp_path / "run", *parts, *flow))
+    before, after = open_denoiser(folder), Pipeline.from_pretrained(tmp_path / "run", device="cpu")
+    state = before.state_dict()
+    assert any(not value.equal(state[name]) for name, value in after.net.state_dict().items())
+    assert len(after(PROMPT, steps=2, size=SIDE, cfg_scale=1.0)) == 1
 
 
 def test_another_objective_than_the_weights_had_is_refused(saved, tmp_path):

@@ -1,10 +1,8 @@
 """Adapters as runs: trained, resumed, drawn with, recorded, and read by diffusers."""
 
 import diffusers
-import published
 import pytest
 import torch
-from test_exchange_import import OBJECTIVE, PARTS, pretrained
 from torch.testing import assert_close
 
 from ldm import Pipeline
@@ -14,6 +12,8 @@ from ldm.errors import LdmError
 from ldm.inference.images import read_request
 from ldm.models.lora import FOLDER, WEIGHTS
 from ldm.training.diffusion import train_diffusion
+from tests import published
+from tests.test_exchange_import import OBJECTIVE, PARTS, pretrained
 
 DRAWN = {"steps": 2, "size": published.SIDE}
 

@@ -146,12 +146,13 @@ class TextConfig(Section):
     """Apply the encoder's final norm to them; null does, but for the CLIPs of a joint style."""
     lower_case: bool = False
     """Read captions in lower case and without outer spaces, as PixArt does."""
-    style: Literal["single", "sdxl", "sd3"] = "single"
-    """One encoder, or several: CLIPs side by side (sdxl), or those followed by T5 (sd3)."""
+    style: Literal["single", "sdxl", "sd3", "flux"] = "single"
+    """One encoder, or several: CLIPs side by side (sdxl), those followed by T5 (sd3), or T5 with
+    the pooled vector of a CLIP (flux)."""
     further_paths: tuple[str, ...] = ()
     """Second and third encoder of a joint style; empty finds all of them in path."""
     t5_tokens: Count = 256
-    """Tokens that the T5 of style sd3 reads."""
+    """Tokens that the T5 of the styles sd3 and flux reads."""
     t5_width: Count = 4096
     """Width of the embedding of style sd3 when there is no T5."""
     classes: tuple[str, ...] | Literal["captions"] = ()

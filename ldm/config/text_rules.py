@@ -15,7 +15,7 @@ def text_conflicts(text: TextConfig) -> Iterator[tuple[str, str, str]]:
     if joint and (text.layer is not None or text.final_norm is not None):
         yield (
             "text.layer",
-            f"text.style={text.style} reads the layer before the last of its CLIPs, unnormed",
+            f"text.style={text.style} says itself which layers are read",
             "leave text.layer and text.final_norm out",
         )
     if joint and text.lower_case:
@@ -30,7 +30,7 @@ def text_conflicts(text: TextConfig) -> Iterator[tuple[str, str, str]]:
             "one encoder has no second path",
             "text.style=sdxl, or leave it out",
         )
-    wanted = {"sdxl": (1,), "sd3": (1, 2)}.get(text.style, (0,))
+    wanted = {"sdxl": (1,), "sd3": (1, 2), "flux": (1,)}.get(text.style, (0,))
     if joint and text.further_paths and len(text.further_paths) not in wanted:
         yield (
             "text.further_paths",

@@ -73,6 +73,8 @@ class Defaults:
 
     steps: int
     cfg_scale: float
+    side: int = 64
+    """Of its latents, where the network's configuration does not say."""
 
 
 DEFAULTS = {
@@ -82,7 +84,7 @@ DEFAULTS = {
     "PixArtAlphaPipeline": Defaults(20, 4.5),
     "PixArtSigmaPipeline": Defaults(20, 4.5),
     "SanaPipeline": Defaults(20, 4.5),
-    "FluxPipeline": Defaults(28, 1.0),
+    "FluxPipeline": Defaults(28, 1.0, side=128),
 }
 USUAL = Defaults(30, 5.0)
 
@@ -216,7 +218,7 @@ def _assembled(
     side: int | list[int] | None,
 ) -> Published:
     usual = DEFAULTS.get(pipeline, USUAL)
-    sides = side if isinstance(side, list) else [side or 64] * 2
+    sides = side if isinstance(side, list) else [side or usual.side] * 2
     factor = vae.downsample_factor
     channels = int(vae.config.latent_channels)
     sampling = SampleConfig(

@@ -1,4 +1,5 @@
-"""Several text encoders as one: side by side (SDXL), or CLIP states followed by T5's (SD3).
+"""Several text encoders as one: side by side (SDXL), CLIP states followed by T5's (SD3), or the
+states of T5 with the pooled vector of a CLIP (FLUX).
 
 B prompts, L tokens, D width.
 """
@@ -21,7 +22,7 @@ from ldm.models.text.encoder import MASK_RULES, HuggingFaceTextEncoder, Padding,
 from ldm.models.text.tokens import TooLong
 from ldm.types import TextEmbedding
 
-Style = Literal["sdxl", "sd3"]
+Style = Literal["sdxl", "sd3", "flux"]
 
 
 class JointTextEncoder(nn.Module):
@@ -29,10 +30,12 @@ class JointTextEncoder(nn.Module):
 
     Args:
         encoders: sdxl: two CLIPs, or the second alone (the refiner). sd3: two CLIPs with a
-            projection, then T5 or nothing. CLIPs read layer -2 without the final norm.
+            projection, then T5 or nothing. CLIPs read layer -2 without the final norm. flux: a
+            CLIP, then T5.
         style: sdxl puts token states side by side, and pools with the last encoder. sd3 puts CLIP's
             side by side, fills them with zeros to the width of T5, lets T5's states follow, and
-            pools with both CLIPs.
+            pools with both CLIPs. flux takes the states of T5 and the pooled vector of CLIP, which
+            therefore cuts long prompts without a word.
         t5_width: width of the embedding of sd3 without T5, whose states are then zeros that are
             attended, as diffusers feeds them.
         t5_tokens: how many of them; with T5, its own `max_tokens` counts.
@@ -72,34 +75,41 @@ class JointTextEncoder(nn.Module):
         if self.style == "sd3":
             assert self.t5_width is not None, "checked when made"
             return self.t5_width
+        if self.t5 is not None:
+            return self.t5.width
         return sum(clip.width for clip in self.clips)
 
     @property
     def pooled_width(self) -> int:
         """Width of the pooled vector."""
-        pooled = self.clips if self.style == "sd3" else self.clips[-1:]
+        pooled = self.clips if self.style == "sd3" else self.clips[-1:]  # flux has one
         return sum(clip.pooled_width or 0 for clip in pooled)
 
     @property
     def max_tokens(self) -> int:
         """Most tokens of a prompt that every encoder reads whole, control tokens included."""
-        return min(encoder.max_tokens for encoder in self.encoders)
+        return min(encoder.max_tokens for encoder in self._readers)
+
+    @property
+    def _readers(self) -> list[HuggingFaceTextEncoder]:
+        """The encoders that must read a prompt whole: all, or the T5 of flux."""
+        return list(self.encoders[-1:] if self.style == "flux" else self.encoders)
 
     @property
     def too_long(self) -> TooLong:
         """What happens to longer prompts."""
-        rule: TooLong = self.clips[0].too_long
+        rule: TooLong = self._readers[0].too_long
         return rule
 
     @too_long.setter
     def too_long(self, rule: TooLong) -> None:
-        for encoder in self.encoders:
+        for encoder in self._readers:
             encoder.too_long = rule
 
     @property
     def truncated_prompts(self) -> int:
         """How many prompts were cut so far, by the encoder that cut most."""
-        return max(encoder.truncated_prompts for encoder in self.encoders)
+        return max(encoder.truncated_prompts for encoder in self._readers)
 
     @property
     def padding(self) -> Padding:
@@ -115,7 +125,11 @@ class JointTextEncoder(nn.Module):
     @property
     def settings(self) -> dict[str, Any]:
         """What `restore_text_encoder` needs besides the files and `max_tokens`, as JSON values."""
-        t5 = {"t5_tokens": self.t5_tokens, "t5_width": self.t5_width} if self.style == "sd3" else {}
+        t5: dict[str, Any] = {}
+        if self.style != "sdxl":
+            t5["t5_tokens"] = self.t5_tokens
+        if self.style == "sd3":
+            t5["t5_width"] = self.t5_width
         return {"style": self.style, "padding": self.padding, **t5}
 
     def train(self, mode: bool = True) -> JointTextEncoder:
@@ -136,6 +150,9 @@ class JointTextEncoder(nn.Module):
 
         Long prompts in chunks are broken between the same words for all CLIPs.
         """
+        if self.style == "flux":
+            states, pooled = self.encoders[1](prompts, weighting), self.encoders[0](prompts).pooled
+            return TextEmbedding(states.tokens, states.mask, pooled)
         readers = [clip.prompts for clip in self.clips]
         parts = []
         for clip in self.clips:
@@ -210,7 +227,9 @@ class JointTextEncoder(nn.Module):
             )
         if len({encoder.reading.padding for encoder in self.encoders}) > 1:
             raise _impossible("some encoders mask padding and others do not", "use one rule")
-        if self.style == "sdxl":
+        if self.style == "flux":
+            self.encoders[0].too_long = "truncate"
+        if self.style != "sd3":
             return
         if any(getattr(clip.model, "text_projection", None) is None for clip in self.clips):
             raise _impossible(
@@ -250,6 +269,7 @@ SUFFIXES = ("", "_2", "_3")
 LEGAL: dict[str, list[list[str]]] = {
     "sdxl": [["clip", "clip"], ["clip"]],
     "sd3": [["clip", "clip", "t5"], ["clip", "clip"]],
+    "flux": [["clip", "t5"]],
 }
 """Kinds of encoders in each style."""
 

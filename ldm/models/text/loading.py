@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ldm.errors import ExitCode, LdmError, named
+from ldm.errors import ExitCode, LdmError
 from ldm.models.text.classes import ClassTextEncoder
 from ldm.models.text.encoder import HuggingFaceTextEncoder, Padding, Reading
 from ldm.models.text.files import load_model, load_tokenizer, locate, read_config
@@ -72,7 +72,7 @@ def load_joint_text_encoder(
             `load_text_encoder` for each encoder, in this order.
         style, t5_width: see `JointTextEncoder`.
         padding: see `Reading`.
-        max_tokens: of the CLIPs; None is their own limit.
+        max_tokens: of the CLIPs of sdxl and sd3; None is their own limit.
         t5_tokens: of T5.
         too_long, device, dtype: as of `load_text_encoder`.
 
@@ -84,9 +84,10 @@ def load_joint_text_encoder(
     for source, suffix in places:
         model, tokenizer = _parts(source, suffix, dtype)
         is_t5 = model.config.model_type == "t5"
-        limit, reading = (
-            (t5_tokens, Reading(padding)) if is_t5 else (max_tokens, penultimate(padding))
-        )
+        if is_t5 or style == "flux":  # whose CLIP cuts at its own limit
+            limit, reading = t5_tokens if is_t5 else None, Reading(padding)
+        else:
+            limit, reading = max_tokens, penultimate(padding)
         encoders.append(options.encoder(model, tokenizer, limit, reading))
     joint = JointTextEncoder(encoders, style, t5_width=t5_width, t5_tokens=t5_tokens)
     return joint.to(device)
@@ -116,9 +117,16 @@ def load_diffusers_text(
         an encoder whose `null()` is what guidance compares with when there is no negative prompt.
 
     Raises:
-        LdmError: USAGE for another pipeline, else as `load_text_encoder`.
+        LdmError: CONFIG for another pipeline, else as `load_text_encoder`.
     """
-    kind = named("pipeline class", PIPELINES, pipeline_class)
+    if (kind := PIPELINES.get(pipeline_class)) is None:
+        raise LdmError(
+            f"the text encoders of a {pipeline_class} are not known here; known: "
+            f"{', '.join(PIPELINES)}",
+            where=str(root),
+            fix="use its denoiser alone (ldm.models.external), with text embeddings of your own",
+            code=ExitCode.CONFIG,
+        )
     common: dict[str, Any] = {"too_long": too_long, "device": device, "dtype": dtype}
     if kind == "sd":
         return load_text_encoder(root, reading=Reading("attended"), **common)
@@ -129,6 +137,8 @@ def load_diffusers_text(
     if kind == "sd3":
         width = read_config(Path(root) / "transformer" / "config.json").get("joint_attention_dim")
         return load_joint_text_encoder([root], "sd3", t5_width=width, **common)
+    if kind == "flux":
+        return load_joint_text_encoder([root], "flux", t5_tokens=FLUX_TOKENS, **common)
     joint = load_joint_text_encoder([root], "sdxl", **common)
     index = read_config(Path(root) / "model_index.json")
     joint.zero_null = bool(index.get("force_zeros_for_empty_prompt", True))
@@ -212,6 +222,7 @@ def _places(sources: Sequence[Path | str]) -> list[tuple[Path | str, str]]:
 
 JOINT_SETTINGS = {"style", "padding", "t5_tokens", "t5_width"}
 PIXART_TOKENS = {"pixart-alpha": 120, "pixart-sigma": 300}
+FLUX_TOKENS = 512
 PIPELINES = {
     "StableDiffusionPipeline": "sd",
     "StableDiffusionImg2ImgPipeline": "sd",
@@ -222,6 +233,7 @@ PIPELINES = {
     "StableDiffusion3Pipeline": "sd3",
     "StableDiffusion3Img2ImgPipeline": "sd3",
     "StableDiffusion3InpaintPipeline": "sd3",
+    "FluxPipeline": "flux",
     "PixArtAlphaPipeline": "pixart-alpha",
     "PixArtSigmaPipeline": "pixart-sigma",
 }
