@@ -86,7 +86,8 @@ class Times:
         mine, theirs = self.of[ours], self.of[peer]
         ratios = sorted(b / a for a, b in zip(mine, theirs, strict=True))
         low, high = _quartile(ratios, 0.25), _quartile(ratios, 0.75)
-        ratio = self.median(peer) / self.median(ours)
+        # of neighbours in time, so that a load that comes and goes meets both sides of a ratio
+        ratio = statistics.median(ratios)
         return Row(
             name, peer, ratio, goal, self.median(ours), self.median(peer), (low, high), shape, note
         )

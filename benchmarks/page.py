@@ -56,6 +56,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from PIL import Image
 
     rows = document["rows"][::-1]
     figure, axes = pyplot.subplots(figsize=(8, 0.19 * len(rows) + 1))
@@ -71,5 +72,7 @@ def plot(document: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("times as fast as the peer, or limit over measured")
     axes.legend(loc="lower right", fontsize=6)
     figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=90, bbox_inches="tight")
     pyplot.close(figure)
+    # a few flat colours: a fifth of the size
+    Image.open(path).convert("RGB").quantize(32).save(path, optimize=True)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def network_share(folder: Path, steps: int) -> tuple[float, int]:
         _replaced(torch.Tensor, "backward", timed),
         _replaced(torch.optim.AdamW, "step", timed),
         _replaced(diffusion.Ema, "update", ended),
+        redirect_stderr(io.StringIO()),  # its progress bars
     ):
         diffusion.train_diffusion(config)
     middle = len(ends) // 2

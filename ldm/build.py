@@ -41,7 +41,7 @@ from ldm.diffusion.process import PROCESSES
 from ldm.diffusion.weighting import WEIGHTINGS, Weighting, edm, sigmoid
 from ldm.errors import ExitCode, LdmError, named
 from ldm.exchange.initial import initial_denoiser
-from ldm.exchange.opening import file_text, open_codec
+from ldm.exchange.opening import Options, file_text, open_codec
 from ldm.exchange.sources import is_published
 from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.autoencoder_config import AutoencoderConfig
@@ -118,8 +118,15 @@ def load_vae(ref: VaeRef, seed: int) -> Any:
     """
     if ref.path is None:
         return freeze(build_vae(ref.random, seed))
+    if ref.scaling_factor is not None and not Path(ref.path).is_file():
+        raise LdmError(
+            f"{ref.path} says itself how its latents are scaled",
+            where="vae.scaling_factor",
+            fix="leave it out; it is for a single file that holds a VAE alone",
+            code=ExitCode.CONFIG,
+        )
     if is_published(ref.path):
-        return freeze(open_codec(ref.path))
+        return freeze(open_codec(ref.path, Options(scaling_factor=ref.scaling_factor)))
     return load_vae_directory(_component(Path(ref.path), "vae"))
 
 

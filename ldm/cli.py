@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     replay.add_argument("picture", help="PNG that `ldm infer` wrote")
     replay.add_argument("--model", help="model directory, when it has moved")
     arguments.lora(replay)
+    arguments.published(replay)
     replay.add_argument("--guide", help="directory of the weaker model, when it has moved")
     replay.add_argument("--out", default="outputs", help="folder for the picture")
     replay.add_argument("--device", help="cpu, cuda, ... (default: a GPU when there is one)")

@@ -188,7 +188,9 @@ def replay(args: argparse.Namespace) -> None:
 
     given = args.lora or (request.lora_path or "").splitlines()
     found = _checkpoint(args.model or path, model)
-    pipeline = Pipeline.from_pretrained(found, device=args.device, lora=given)
+    pipeline = Pipeline.from_pretrained(
+        found, device=args.device, options=_published(args), lora=given
+    )
     if request.guide is not None:
         found = _checkpoint(args.guide or request.guide_path or "", request.guide, "--guide")
         pipeline = pipeline.guided_by(guide=Pipeline.from_pretrained(found, device=args.device))
@@ -362,7 +364,7 @@ def _lines(path: Path) -> list[str]:
 def _size(text: str) -> tuple[int, int]:
     """SIDE or WIDTHxHEIGHT, to (height, width)."""
     parts = text.lower().split("x")
-    if not all(part.isdecimal() for part in parts) or len(parts) > 2:
+    if not all(part.isdecimal() and int(part) > 0 for part in parts) or len(parts) > 2:
         raise LdmError(f"{text!r} is not a size", where="--size", fix="use 64 or 64x128")
     width, height = (int(part) for part in (parts * 2 if len(parts) == 1 else parts))
     return height, width

@@ -198,6 +198,44 @@ def test_a_resume_may_change_the_rhythm_but_not_the_experiment(tmp_path):
         )
 
 
+def test_a_run_from_before_a_key_of_the_denoiser_goes_on_with_its_default_only(tmp_path):
+    values = yaml.safe_load(dump(load([write(tmp_path, MINIMAL)])))
+    for key in ("conditioning", "positions", "base_size", "rope_scaling", "diffusers", "masking"):
+        del values["model"][key]
+    for key in ("classes", "further_paths"):
+        del values["text"][key]
+    stored = tmp_path / "config.yaml"
+    stored.write_text(yaml.safe_dump(values))
+    refuse_another_experiment(stored, load([write(tmp_path, MINIMAL)]))
+    with pytest.raises(LdmError, match=r"configuration: model.positions: 'sincos' -> 'rope'\n"):
+        refuse_another_experiment(
+            stored, load([write(tmp_path, MINIMAL)], ["model.positions=rope"])
+        )
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.hiden_size=3", "unknown key model.hiden_size; did you mean model.hidden_size?"),
+        ("model.masking.knd=route", "did you mean model.masking.kind?"),
+        ("model.hidden_size=a", "model.hidden_size: got 'a'; must be a valid integer"),
+        ("model.hidden_size=a", "a legal value is 384"),
+        ("model={kind: pretrained, path: 3}", "model.path: got 3; must be a valid string"),
+        ("model={kind: pretrained}", "model.path is missing"),
+        ("model={kind: unet, heads: a}", "model.heads: got 'a'; must be a valid integer"),
+        (
+            "model={kind: unet, patch_size: 2}",
+            "unknown key model.patch_size; it belongs to another model.kind",
+        ),
+    ],
+)
+def test_mistakes_inside_a_denoiser_are_named_by_their_plain_key(tmp_path, override, message):
+    with pytest.raises(LdmError) as caught:
+        load([write(tmp_path, MINIMAL)], [override])
+    assert message in str(caught.value)
+    assert "function-" not in str(caught.value)
+
+
 FORMERLY = "mean: 0.0, std: 1.0, shift: 1.0"
 """Written into every stored configuration, whatever the law."""
 

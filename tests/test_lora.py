@@ -114,7 +114,7 @@ def test_what_diffusers_writes_is_read_with_its_alpha(tmp_path):
     theirs.save_lora_adapter(tmp_path, weight_name=lora.WEIGHTS)
     with safe_open(tmp_path / lora.WEIGHTS, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        alphas = lora.stated_alphas(file.metadata())
+        alphas = lora.stated_alphas(file.metadata(), "f")
     net = unet()
     lora.merge(net, lora.from_tensors(tensors, net, "file", alphas))
     x, t, text = inputs()
@@ -162,5 +162,5 @@ def test_tensors_that_fit_nowhere_are_named():
 
 def test_metadata_gives_alphas_per_layer():
     facts = {"unet.lora_alpha": 4, "unet.alpha_pattern": {"mid.to_q": 8}, "unet.r": 2}
-    assert lora.stated_alphas({lora.METADATA: json.dumps(facts)}) == {"": 4.0, "mid.to_q": 8.0}
-    assert lora.stated_alphas({}) == {}
+    assert lora.stated_alphas({lora.METADATA: json.dumps(facts)}, "f") == {"": 4.0, "mid.to_q": 8.0}
+    assert lora.stated_alphas({}, "f") == {}

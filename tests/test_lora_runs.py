@@ -92,7 +92,7 @@ def test_adapters_are_given_to_a_model_by_file_and_recorded(models, run, tmp_pat
     half = Pipeline.from_pretrained(models / "sd1", lora=[f"{adapters}=0.5"])
     (saved,) = half("a red circle", **DRAWN).save(tmp_path)
     request, _, _ = read_request(saved)
-    assert request.lora_path == f"{adapters}=0.5"
+    assert request.lora_path == f"{adapters.resolve() / WEIGHTS}=0.5"
     assert request.lora.endswith("=0.5")
     again = Pipeline.from_pretrained(models / "sd1", lora=request.lora_path.splitlines())
     assert again.draw([request])[0].tobytes() == half.draw([request])[0].tobytes()

@@ -167,6 +167,12 @@ def test_every_listed_name_has_info_and_an_unknown_one_is_refused_with_the_neare
     assert "use sd15-unet" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("size", ["0", "64x0", "-8", "8x8x8", "big"])
+def test_a_size_of_nothing_is_refused(size: str, capsys) -> None:
+    assert main(["model", "info", "dit-s-2", f"--size={size}"]) == ExitCode.USAGE
+    assert f"{size!r} is not a size" in capsys.readouterr().err
+
+
 def test_a_text_encoder_is_counted_at_77_tokens() -> None:
     info = model_info("clip-l")
     assert info["parameters"] == 123_060_480

@@ -285,7 +285,7 @@ def test_replay_finds_the_step_that_drew_after_the_run_went_on(tmp_path):
 @pytest.mark.parametrize(
     ("extra", "part"),
     [
-        (["--size", "0"], "0 pixels"),
+        (["--size", "0"], "'0' is not a size"),
         (["--batch-size", "0"], "batch of 0"),
         (["--device", "warp"], "no device 'warp'"),
         (["--n", "0"], "cannot be drawn"),

@@ -140,7 +140,7 @@ def test_a_contract_of_an_earlier_version_reads_prompts_as_it_did(runs):
     ("options", "match"),
     [
         (["text.style=sdxl"], "text.style=sdxl needs a path"),
-        (["text.style=sdxl", "text.path=x", "text.layer=-1"], "reads the layer before the last"),
+        (["text.style=sdxl", "text.path=x", "text.layer=-1"], "says itself which layers are read"),
         (["text.path=x", 'text.further_paths=["y"]'], "one encoder has no second path"),
         (
             ["text.style=sdxl", "text.path=x", 'text.further_paths=["y","z"]'],

@@ -72,6 +72,23 @@ def test_strips_of_any_height_give_what_the_whole_picture_gives(
     assert_close(tiling.encode(vae, pixels, strip_px), vae.moments(pixels), atol=1e-9, rtol=1e-9)
 
 
+def test_attention_of_a_few_queries_at_a_time_sees_every_position(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    vae, latents = vae_of("four levels with attention"), uneven(1, 4, 7, 5)
+    whole = vae.decode(latents)
+    monkeypatch.setattr(tiling, "ATTENDED", 4 * 35)  # 35 positions: eight parts of 4, one of 3
+    assert_close(tiling.decode(vae, latents, 8), whole, atol=1e-9, rtol=1e-9)
+
+
+def test_a_log_variance_out_of_its_range_is_cut_in_strips_as_well() -> None:
+    vae, pixels = vae_of("one level"), uneven(1, 3, 6, 5)
+    vae.quant_conv.weight.mul_(1e3)
+    plain = vae.moments(pixels)
+    assert {-30.0, 20.0} <= set(plain.chunk(2, dim=1)[1].flatten().tolist())
+    assert_close(tiling.encode(vae, pixels, 2), plain, atol=1e-9, rtol=1e-9)
+
+
 def test_strips_agree_in_float32_to_rounding_and_in_bf16_to_its_eight_bits() -> None:
     layout = "four levels with attention"
     latents = uneven(1, 4, 9, 5, dtype=torch.float32)

@@ -25,7 +25,7 @@ from ldm.checkpoint.perceptual_files import save_vision_tower
 from ldm.cli import main
 from ldm.config.models import VaeModelConfig
 from ldm.data.shapes import open_shapes
-from ldm.errors import LdmError
+from ldm.errors import ExitCode, LdmError
 from ldm.evaluation.codec import (
     LatentMeter,
     frechet_distance,
@@ -318,6 +318,45 @@ def test_little_room_in_fp16_is_a_warning_before_it_overflows(
     layer.weight *= factor
     layer.bias *= factor
     assert "reaches 4e+04, 1.6 times below" in faults(healthy, chosen, WARNING)["fp16"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "factor", "named"),
+    [
+        ("encoder.conv_in", 1e39, "encoder.conv_in"),  # beyond float32: infinity
+        # squares of 1e30 are beyond it: the norm that follows divides infinities
+        ("decoder.conv_in", 1e30, "decoder.mid_block.resnets.0.norm1"),
+    ],
+)
+def test_a_codec_that_leaves_float32_is_refused_by_its_first_layer_that_does(
+    layer: str, factor: float, named: str, healthy: AutoencoderKL, chosen: Pictures
+) -> None:
+    healthy.get_submodule(layer).weight.mul_(factor)
+    with pytest.raises(LdmError, match=rf"{named} puts out infinity or NaN") as caught:
+        examine(healthy, chosen, Settings(4))
+    assert caught.value.code == ExitCode.BAD_DATA
+
+
+def test_a_codec_whose_weights_are_all_zero_is_examined_to_the_end(
+    healthy: AutoencoderKL, chosen: Pictures
+) -> None:
+    for parameter in healthy.parameters():
+        parameter.zero_()
+    found = examine(healthy, chosen, Settings(4))
+    facts = as_json(found)
+    assert all(row["dead"] for row in facts["latents"]["channels"])
+    assert facts["precision"]["largest"]["decoder"]["fp16_headroom"] is None
+    assert "channel 0: carries nothing" in text(facts)
+    json.dumps(facts, allow_nan=False)
+    assert sheet(found).size[0] > 500
+
+
+def test_a_codec_of_gray_pictures_is_refused(chosen: Pictures) -> None:
+    config = AutoencoderConfig(
+        in_channels=1, out_channels=1, block_out_channels=(16, 32), norm_num_groups=8
+    )
+    with pytest.raises(LdmError, match="pictures have 3 channels, this autoencoder reads 1"):
+        examine(AutoencoderKL(config), chosen, Settings(4))
 
 
 def test_the_largest_output_of_every_layer_is_seen_and_hooks_are_gone_afterwards() -> None:

@@ -89,6 +89,22 @@ def test_another_architecture_is_refused_with_its_keys(tmp_path, published):
     assert "model.latent_channels=4 model.block_out_channels=[16, 16, 32]" in str(caught.value)
 
 
+def test_an_autoencoder_that_is_not_ours_to_train_is_refused_by_its_class(tmp_path):
+    import diffusers
+
+    other = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8),
+        decoder_block_out_channels=(8, 8, 8),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+    )
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(LdmError, match="is a AutoencoderTiny, which cannot be trained") as caught:
+        train_vae(tiny("vae", tmp_path / "run", f"model.pretrained={tmp_path / 'other'}"))
+    assert caught.value.where == "model.pretrained"
+    assert caught.value.code == ExitCode.CONFIG
+
+
 def test_a_run_is_a_published_vae_too(tmp_path):
     """Its statistics stay as they are, on other data too."""
     first = train_vae(tiny("vae", tmp_path / "one"))

@@ -60,6 +60,12 @@ def convert_pickle(source: Path, target: Path) -> int:
     Raises:
         LdmError: as `load_pickle_tensors`; code USAGE when `target` exists or has another ending.
     """
+    if Path(source).suffix == ".safetensors":
+        raise LdmError(
+            f"{source} is no pickle: its name says safetensors",
+            where="IN",
+            fix="use it as it is",
+        )
     if Path(target).suffix != ".safetensors":
         raise LdmError(
             f"{target} does not end in .safetensors",

@@ -13,7 +13,7 @@ from types import NoneType
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 from pydantic.fields import FieldInfo
 
 from ldm.config.former import translated
@@ -129,12 +129,11 @@ def refuse_another_experiment(
         may_change: keys, or beginnings of keys, that may differ.
 
     Raises:
-        LdmError: code CONFIG with every difference that a resume must not have.
+        LdmError: code CONFIG with every difference that a resume must not have, or with the
+            mistakes of a stored configuration that can no longer be read.
     """
-    then = flat(translated(yaml.safe_load(path.read_text(encoding="utf-8"))))
-    now = flat(translated(yaml.safe_load(dump(config))))
-    for key in now.keys() - then.keys():  # added since: the default is what the run did
-        then[key] = _default(type(config), key.split("."))
+    # read like any other, so that keys added since have their defaults: that is what the run did
+    then, now = (flat(yaml.safe_load(dump(which))) for which in (load([str(path)]), config))
     changed = [
         f"{key}: {then.get(key)!r} -> {now.get(key)!r}"
         for key in sorted(then.keys() | now.keys())
@@ -263,8 +262,9 @@ def _validate(kind: type[Experiment], settings: Settings) -> Experiment:
         config = kind.model_validate(values)
     except ValidationError as error:
         for detail in error.errors(include_url=False):
-            problems.append(_describe(kind, detail, settings))
-            values = _without(values, detail["loc"])
+            location = _location(kind, detail["loc"])
+            problems.append(_describe(kind, detail, location, settings))
+            values = _without(values, location)
         values.setdefault("run", {}).setdefault("dir", "unset")
         try:
             config = kind.model_validate(values)
@@ -280,10 +280,23 @@ def _validate(kind: type[Experiment], settings: Settings) -> Experiment:
     return config
 
 
-def _without(values: dict[str, Any], location: tuple[int | str, ...]) -> dict[str, Any]:
-    """A copy of `values` that lacks the field at `location`."""
+def _location(kind: type[BaseModel], found: tuple[int | str, ...]) -> list[int | str]:
+    """The keys of a place that pydantic names, without the tag of a choice or the kind of value."""
+    parts: list[int | str] = []
+    models: list[type[BaseModel]] = [kind]
+    tags: set[str] = set()
+    for part in found:
+        infos = [m.model_fields[part] for m in models if part in m.model_fields]
+        if part not in tags and (models or isinstance(part, int)):
+            parts.append(part)
+            models = [section for info in infos for section in _sections(info)]
+        tags = {t.tag for info in infos for a in _choices(info) for t in get_args(a)[1:]}
+    return parts
+
+
+def _without(values: dict[str, Any], parts: Sequence[int | str]) -> dict[str, Any]:
+    """A copy of `values` that lacks the field at these keys."""
     copy = {k: (dict(v) if isinstance(v, dict) else v) for k, v in values.items()}
-    parts = [part for part in location if part not in ("dit", "mmdit", "unet")]
     inner: Any = copy
     for part in parts[:-1]:
         if not isinstance(inner, dict) or not isinstance(inner.get(part), dict):
@@ -298,12 +311,16 @@ def _without(values: dict[str, Any], location: tuple[int | str, ...]) -> dict[st
     return copy
 
 
-def _describe(kind: type[Experiment], detail: Any, settings: Settings) -> str:
-    location = [part for part in detail["loc"] if part not in ("dit", "mmdit", "unet")]
+def _describe(
+    kind: type[Experiment], detail: Any, location: Sequence[int | str], settings: Settings
+) -> str:
     key = ".".join(str(part) for part in location)
     place, rule, got = settings.place(key), str(detail["msg"]), detail.get("input")
     if detail["type"] == "extra_forbidden":
         known = list(_keys(kind))
+        if key in known:
+            choice = f"{key.rpartition('.')[0]}.kind"
+            return f"{place}: unknown key {key}; it belongs to another {choice}"
         near = difflib.get_close_matches(key, known, 1, cutoff=0.5) or difflib.get_close_matches(
             key.rsplit(".", 1)[-1], [k.rsplit(".", 1)[-1] for k in known], 1
         )
@@ -333,8 +350,14 @@ def _full(name: str, known: Sequence[str]) -> str:
 
 
 def _sections(info: FieldInfo) -> list[type[BaseModel]]:
-    found = [info.annotation, *get_args(info.annotation)]
+    found = [info.annotation, *get_args(info.annotation), *(get_args(a)[0] for a in _choices(info))]
     return [t for t in found if isinstance(t, type) and issubclass(t, BaseModel)]
+
+
+def _choices(info: FieldInfo) -> list[Any]:
+    """The tagged alternatives of a field: each Annotated[section, Tag(name)]."""
+    found = get_args(info.annotation)
+    return [a for a in found if any(isinstance(part, Tag) for part in get_args(a)[1:])]
 
 
 def _keys(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:

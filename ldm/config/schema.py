@@ -119,7 +119,11 @@ class VaeRef(Section):
     """The frozen VAE of a diffusion run."""
 
     path: str | None = None
-    """VAE run directory, checkpoint, or diffusers VAE directory; null freezes a random one."""
+    """VAE run directory, checkpoint, diffusers directory or single file; null freezes a random one.
+    """
+    scaling_factor: Positive | None = None
+    """Scale of the latents of a single file that holds a VAE alone, which does not say it: 0.18215
+    of SD 1 and 2, 0.13025 of SDXL, 1.5305 of SD 3, 0.3611 of FLUX."""
     random: VaeModelConfig = VaeModelConfig(
         block_out_channels=(16, 32, 32, 32), layers_per_block=1, norm_num_groups=8
     )

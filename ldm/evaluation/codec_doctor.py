@@ -5,6 +5,7 @@ What is measured is in `codec.py` and `codec_numerics.py`; words and pictures in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,12 +186,14 @@ def examine(codec: Any, chosen: Pictures, settings: Settings) -> Findings:
         with watched(codec) as activations:
             moments = tiling.encode(codec, pixels)
         sums.loudest("encoder", activations)
+        refuse_overflow(activations)
         zero = moments.new_zeros(())
         latents = codec.latents(moments, zero)
         meter.add(moments, latents, codec.latents(moments, zero + 1))
         with watched(codec) as activations:
             restored = tiling.decode(codec, latents).float()
         sums.loudest("decoder", activations)
+        refuse_overflow(activations)
         sums.add(ids, pixels, restored, latents, features, distance, chosen.image_px >= WINDOW)
     if len(sums.ids) < 2:
         raise LdmError(
@@ -226,6 +229,22 @@ def examine(codec: Any, chosen: Pictures, settings: Settings) -> Findings:
         unreadable=unreadable,
         missing=missing,
     )
+
+
+def refuse_overflow(activations: dict[str, float]) -> None:
+    """Refuses a codec whose layers, of `watched`, leave float32: there is nothing to measure.
+
+    Raises:
+        LdmError: code BAD_DATA, with the first such layer.
+    """
+    for layer, largest in activations.items():
+        if math.isinf(largest):
+            raise LdmError(
+                f"{layer} puts out infinity or NaN, in float32 and on pictures in [-1, 1]",
+                where="vae",
+                fix="use an older checkpoint, or train it again with a lower optim.learning_rate",
+                code=ExitCode.BAD_DATA,
+            )
 
 
 class _Sums:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,7 +43,8 @@ class Precision:
 def watched(codec: nn.Module) -> Iterator[dict[str, float]]:
     """Fills in the largest magnitude that each layer puts out inside, by its name.
 
-    A block comes after the layers in it, so that the first of equal ones is the innermost.
+    A block comes after the layers in it, so that the first of equal ones is the innermost. A
+    magnitude that is not a number is infinite.
     """
     largest: dict[str, float] = {}
 
@@ -50,7 +52,10 @@ def watched(codec: nn.Module) -> Iterator[dict[str, float]]:
         def hook(_: nn.Module, __: Any, out: Any) -> None:
             for value in out if isinstance(out, tuple | list) else [out]:
                 if isinstance(value, Tensor) and value.is_floating_point():
-                    largest[name] = max(largest.get(name, 0.0), float(value.detach().abs().max()))
+                    peak = float(value.detach().abs().max())
+                    # max() would drop a NaN, which compares with nothing
+                    peak = math.inf if math.isnan(peak) else peak
+                    largest[name] = max(largest.get(name, 0.0), peak)
 
         return hook
 

@@ -150,7 +150,8 @@ def _dead(s: LatentStatistics, k: int) -> bool:
 def _largest(seen: dict[str, float]) -> dict[str, Any]:
     """The layer with the largest output; of equal ones the first, which is the innermost."""
     layer = max(seen, key=lambda name: seen[name])
-    return {"layer": layer, "value": seen[layer], "fp16_headroom": FP16_MAX / seen[layer]}
+    value = seen[layer]
+    return {"layer": layer, "value": value, "fp16_headroom": FP16_MAX / value if value else None}
 
 
 def verdicts(facts: dict[str, Any]) -> list[dict[str, str]]:
@@ -234,7 +235,7 @@ def _spectrum(facts: dict[str, Any]) -> list[dict[str, str]]:
 def _precision(facts: dict[str, Any]) -> list[dict[str, str]]:
     lines = []
     largest = max(facts["largest"].values(), key=lambda seen: seen["value"])
-    where = f"{largest['layer']} reaches {largest['value']:.3g}"
+    where, headroom = f"{largest['layer']} reaches {largest['value']:.3g}", largest["fp16_headroom"]
     for name in ("bf16", "fp16"):
         seen = facts[name]
         if seen["reason"]:
@@ -245,13 +246,14 @@ def _precision(facts: dict[str, Any]) -> list[dict[str, str]]:
         elif seen["psnr"] is not None and seen["psnr"] < VISIBLE_DB:
             words = f"changes pictures visibly: {seen['psnr']:.1f} dB against fp32"
             lines.append(_line(WARNING, name, words))
-        elif name == "fp16" and largest["fp16_headroom"] < HEADROOM:
-            words = f"has little room: {where}, {largest['fp16_headroom']:.1f} times below its end"
+        elif name == "fp16" and headroom is not None and headroom < HEADROOM:
+            words = f"has little room: {where}, {headroom:.1f} times below its end"
             lines.append(_line(WARNING, name, words))
         else:
             error = f"pixels differ by {seen['max_error']:.1f} of 255 at most"
-            room = f"; {where}, {largest['fp16_headroom']:.0f} times below its end"
-            lines.append(_line(OK, name, f"is safe: {error}{room if name == 'fp16' else ''}"))
+            if name == "fp16" and headroom is not None:
+                error += f"; {where}, {headroom:.0f} times below its end"
+            lines.append(_line(OK, name, f"is safe: {error}"))
     return lines
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,37 @@ def read_index(root: Path) -> Index:
     return Index(root, value["_class_name"], parts, settings)
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object, such as config.json.
+
+    Raises:
+        LdmError: code IO, as `storage.read_json`, or when it holds something else.
+    """
+    value = storage.read_json(path)
+    if not isinstance(value, dict):
+        raise LdmError(
+            f"this is no configuration: it holds a {type(value).__name__}, not an object",
+            where=str(path),
+            fix="fetch the model again",
+            code=ExitCode.IO,
+        )
+    return value
+
+
+@contextmanager
+def _legible(folder: Path) -> Iterator[None]:
+    """Turns what a value of the wrong kind in a config.json raises into one sentence."""
+    try:
+        yield
+    except (TypeError, ValueError, KeyError) as error:
+        raise LdmError(
+            f"this configuration cannot be read ({type(error).__name__}: {error})",
+            where=str(folder / "config.json"),
+            fix="fetch the model again, or mend the value",
+            code=ExitCode.IO,
+        ) from error
+
+
 def denoiser_folder(root: Path) -> Path:
     """The folder of the denoiser.
 
@@ -114,12 +146,13 @@ def load_denoiser_folder(folder: Path, *, variant: str | None = None) -> nn.Modu
         LdmError: code IO for missing or damaged files, code CONFIG for a configuration that is not
             built here, by the name of the key.
     """
-    config = storage.read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     kind = config.get("_class_name")
     if kind not in DENOISERS:
         return load_external_denoiser(folder)
     own = DENOISERS[kind]
-    shape = own.config(config)
+    with _legible(folder):
+        shape = own.config(config)
     tensors = own.weights(folder_tensors(folder, variant=variant), shape)
     return filled(lambda: own.make(shape), tensors, str(folder))
 
@@ -130,11 +163,12 @@ def load_codec_folder(folder: Path, *, variant: str | None = None) -> Any:
     Raises:
         LdmError: as `load_denoiser_folder`.
     """
-    config = storage.read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     kind = config.get("_class_name", "AutoencoderKL")
     if kind != "AutoencoderKL":
         return load_external_codec(folder)
-    shape = AutoencoderConfig.from_diffusers(config)
+    with _legible(folder):
+        shape = AutoencoderConfig.from_diffusers(config)
     tensors = {_renamed(name): v for name, v in folder_tensors(folder, variant=variant).items()}
     tensors = {name: _flat(name, value) for name, value in tensors.items()}
     return filled(lambda: AutoencoderKL(shape), tensors, str(folder))

@@ -17,11 +17,24 @@ from torch import Tensor, nn
 from ldm import storage
 from ldm.checkpoint import Contract, save_module
 from ldm.checkpoint.contract import MODEL_INDEX
-from ldm.errors import ExitCode, LdmError
 from ldm.exchange import schedulers
+from ldm.exchange.exportable import (
+    PIXART,
+    SD,
+    SD3,
+    SDXL,
+    T5_TOKENS,
+    check_codec,
+    check_start,
+    check_text,
+    check_tower,
+    encoders_of,
+    refused,
+    told_tokens,
+)
 from ldm.exchange.latents import folded
 from ldm.exchange.schedulers import Written
-from ldm.exchange.shapes import HEAD_WIDTH, KINDS, SD1_HEADS, Kind, activation_of
+from ldm.exchange.shapes import HEAD_WIDTH, KINDS, SD1_HEADS, Kind
 from ldm.exchange.silence import write_silent_t5
 from ldm.exchange.single_file import Parts, Tower, write_file
 from ldm.models.autoencoder import AutoencoderKL
@@ -29,20 +42,11 @@ from ldm.models.dit import DiT
 from ldm.models.dit_diffusers import config_to_diffusers, dit_weights_to_diffusers
 from ldm.models.mmdit import MMDiT
 from ldm.models.text import (
-    ClassTextEncoder,
     FrozenTextEncoder,
-    HuggingFaceTextEncoder,
-    JointTextEncoder,
 )
 from ldm.models.text.joint import SUFFIXES
 from ldm.models.unet import UNet
 
-SD, SDXL, SD3, PIXART = (
-    "StableDiffusionPipeline",
-    "StableDiffusionXLPipeline",
-    "StableDiffusion3Pipeline",
-    "PixArtAlphaPipeline",
-)
 NULLS = {
     SD: ("safety_checker", "feature_extractor", "image_encoder"),
     SDXL: ("feature_extractor", "image_encoder"),
@@ -54,6 +58,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     SD: {"requires_safety_checker": False},
     SDXL: {"add_watermarker": False},
 }
+PLAIN_GUIDANCE = {
+    "guidance": "classifier_free",
+    "rescale": 0.0,
+    "threshold": 0.0,
+    "interval": [0.0, 1.0],
+}
+"""The guidance that every pipeline has."""
 VERSION = "0.40.0"
 
 
@@ -89,10 +100,10 @@ def plan(model: Model) -> Exported:
         LdmError: code CONFIG, for whatever no pipeline of diffusers can reproduce, by its name.
     """
     contract = model.contract
-    _check_start(contract)
+    check_start(contract)
     pipeline = pipeline_of(model.net)
-    _check_codec(model.vae)
-    _check_text(model.encoder, pipeline)
+    check_codec(model.vae)
+    check_text(model.encoder, pipeline)
     sampling = contract.sampling
     written = schedulers.written(
         contract.process,
@@ -102,18 +113,22 @@ def plan(model: Model) -> Exported:
         flow_class=pipeline == SD3,
     )
     if contract.data_std is not None:
-        raise _refused(
+        raise refused(
             f"its network sees scaled inputs (data_std={contract.data_std}), diffusers' plain ones",
             "train with a process and prediction that need no data_std",
         )
     notes = list(written.notes)
     if contract.learned_variance:
         notes.append("the variance that the network learned is left out: its sampler is not there")
+    if len(set(contract.image_sizes[0])) > 1:
+        notes.append("give height and width to every call: the default is a square")
     if contract.offset_noise:
         notes.append(
             f"trained with offset noise {contract.offset_noise:g}; diffusers starts without"
         )
-    for key, plain in (("rescale", 0.0), ("threshold", 0.0), ("interval", [0.0, 1.0])):
+    if pipeline == SD3 and (tokens := told_tokens(contract.text_settings)) != T5_TOKENS:
+        notes.append(f"give max_sequence_length={tokens} to every call: {T5_TOKENS} is the default")
+    for key, plain in PLAIN_GUIDANCE.items():
         if list(_listed(sampling.get(key, plain))) != list(_listed(plain)):
             notes.append(f"the run's {key}={sampling[key]} of guidance has no place in diffusers")
     return Exported(pipeline, written, tuple(notes))
@@ -171,21 +186,21 @@ def write_single_file(path: Path, model: Model, metadata: Mapping[str, str]) -> 
     legal = [("rectified_flow", "flow")] if pipeline == SD3 else FILE_LAWS
     if (process, prediction) not in legal:
         said = " or ".join(f"{a} with {b}" for a, b in legal)
-        raise _refused(
+        raise refused(
             f"readers of single files assume {said}, not {process} with {prediction}",
             "export it with --to diffusers, whose scheduler says so",
         )
     vae = folded(model.vae, kind.latent_scale, kind.latent_shift)
     if pipeline == SD3 and vae.config.use_quant_conv != model.vae.config.use_quant_conv:
-        raise _refused(
+        raise refused(
             "SD 3's layout has no place for the statistics of these latents",
             "export it with --to diffusers",
         )
     towers = tuple(
         Tower(f"text_encoder{suffix}", encoder.model)
-        for encoder, suffix in zip(_encoders(model.encoder), SUFFIXES, strict=False)
+        for encoder, suffix in zip(encoders_of(model.encoder), SUFFIXES, strict=False)
     )
-    net = _without_variance(model.net, model.contract)
+    net = without_variance(model.net, model.contract)
     marks = {"v_pred": torch.tensor([])} if prediction == "v" and pipeline != SD3 else {}
     if process == "sd_zero_snr":
         marks["ztsnr"] = torch.tensor([])
@@ -207,17 +222,17 @@ def pipeline_of(net: nn.Module) -> str:
         return SD if net.config.addition_embed_type is None else SDXL
     if isinstance(net, MMDiT):
         if net.config.pooled_projection_dim is None:
-            raise _refused("diffusers' SD3 transformer needs pooled text", "train with pooled text")
+            raise refused("diffusers' SD3 transformer needs pooled text", "train with pooled text")
         return SD3
     if isinstance(net, DiT):
         config_to_diffusers(net.config, sample_size=1)  # refuses by name what has no class there
         if net.config.num_classes is not None:
-            raise _refused(
+            raise refused(
                 "a DiT of class labels has a pipeline of its own in diffusers, without prompts",
                 "save its weights with to_diffusers, or draw with `ldm infer`",
             )
         return PIXART
-    raise _refused(
+    raise refused(
         f"a {type(net).__name__} comes from diffusers and is saved in its layout already",
         "take the folder of its weights from the checkpoint",
     )
@@ -226,7 +241,7 @@ def pipeline_of(net: nn.Module) -> str:
 def _family(model: Model, pipeline: str) -> Kind:
     """The family whose single files have this shape; heads and activations cannot be seen there."""
     if pipeline == PIXART:
-        raise _refused("PixArt has no single-file layout that others read", "use --to diffusers")
+        raise refused("PixArt has no single-file layout that others read", "use --to diffusers")
     if pipeline in (SDXL, SD3):
         kind = KINDS["sdxl" if pipeline == SDXL else "sd3"]
     else:
@@ -239,113 +254,39 @@ def _family(model: Model, pipeline: str) -> Kind:
             for width in config.block_out_channels
         )
         if config.heads != expected:
-            raise _refused(
+            raise refused(
                 f"readers of single files assume {expected} heads here, and this UNet has "
                 f"{config.heads}",
                 "export it with --to diffusers, or train with those heads",
             )
-    for encoder, suffix in zip(_encoders(model.encoder), SUFFIXES, strict=False):
-        _check_tower(encoder, kind, f"text_encoder{suffix}")
+    for encoder, suffix in zip(encoders_of(model.encoder), SUFFIXES, strict=False):
+        check_tower(encoder, kind, f"text_encoder{suffix}")
     return kind
-
-
-def _check_tower(encoder: HuggingFaceTextEncoder, kind: Kind, name: str) -> None:
-    """Nor can the heads and the activation of a text tower be seen in a file."""
-    if encoder.kind != "clip":
-        return
-    config = encoder.model.config
-    heads = max(1, config.hidden_size // HEAD_WIDTH)
-    activation = activation_of(kind, name)
-    if (config.num_attention_heads, config.hidden_act) != (heads, activation):
-        raise _refused(
-            f"readers of single files assume {heads} heads and {activation} in {name}, not "
-            f"{config.num_attention_heads} and {config.hidden_act}",
-            "export it with --to diffusers, or train with CLIP-L or OpenCLIP",
-        )
-    projection = getattr(encoder.model, "text_projection", None)
-    if (kind.name, name) == ("sd3", "text_encoder") and projection is not None:
-        weight = projection.weight
-        if weight.shape[0] != weight.shape[1] or not weight.equal(
-            torch.eye(len(weight)).to(weight)
-        ):
-            raise _refused(
-                "readers of SD 3's single files pool CLIP-L without its projection",
-                "export it with --to diffusers",
-            )
-
-
-def _check_start(contract: Contract) -> None:
-    if contract.source != "noise" or contract.latent_noise:
-        raise _refused(
-            "it turns pictures into pictures, and diffusers' pipelines for prompts start at noise",
-            "use `ldm translate`",
-        )
-
-
-def _check_codec(vae: Any) -> None:
-    if not isinstance(vae, AutoencoderKL):
-        raise _refused(
-            f"its autoencoder is a {type(vae).__name__}, not a KL-VAE of ours",
-            "put vae/ of its source beside the exported denoiser",
-        )
-
-
-def _check_text(encoder: FrozenTextEncoder, pipeline: str) -> None:
-    """What a pipeline does with prompts must be what the run did."""
-    joint = {SDXL: "sdxl", SD3: "sd3"}.get(pipeline)
-    style = encoder.style if isinstance(encoder, JointTextEncoder) else None
-    if style != joint:
-        raise _refused(
-            f"{pipeline} reads prompts with {joint or 'one'} encoder(s), this model with "
-            f"{style or 'one'}",
-            f"train with text encoders of the style {joint}" if joint else "train with one encoder",
-        )
-    if isinstance(encoder, ClassTextEncoder):
-        raise _refused(f"{pipeline} reads prompts, this model class names", "keep it as it is")
-    padding = encoder.padding if isinstance(encoder, JointTextEncoder) else encoder.reading.padding
-    if padding == "masked" and pipeline != PIXART:
-        raise _refused(
-            f"{pipeline} attends to the padding of prompts, and this model was trained with it "
-            "masked, so its pictures would be others",
-            "train with text.padding: attended",
-        )
-    if isinstance(encoder, HuggingFaceTextEncoder):
-        reading = encoder.reading
-        if reading.layer != -1 or not reading.final_norm:
-            raise _refused(
-                f"{pipeline} reads the last layer, and this model layer {reading.layer}",
-                "train with text.layer: -1",
-            )
-        if pipeline == PIXART and padding == "attended":
-            raise _refused(f"{pipeline} masks padding", "train with text.padding: masked")
-        if pipeline == SD and encoder.kind != "clip":
-            raise _refused(f"{pipeline} reads prompts with CLIP", "train with a CLIP encoder")
 
 
 def _write_denoiser(folder: Path, model: Model) -> tuple[str, str]:
     """Writes the denoiser; returns its folder and diffusers' class."""
     factor = model.vae.downsample_factor
     side = model.contract.image_sizes[0][0] // factor
-    net: Any = _without_variance(model.net, model.contract, keep=isinstance(model.net, DiT))
+    net: Any = without_variance(model.net, model.contract, keep=isinstance(model.net, DiT))
     state: dict[str, Tensor] = dict(net.state_dict())
     if isinstance(net, DiT):
         config = config_to_diffusers(net.config, sample_size=side)
         state = dit_weights_to_diffusers(state, net.config)
     else:
         config = net.config.to_diffusers()
-    if isinstance(net, UNet):
         config["sample_size"] = side
     name = "unet" if isinstance(net, UNet) else "transformer"
     save_module(folder / name, state, config)
     return name, str(config["_class_name"])
 
 
-def _without_variance(net: nn.Module, contract: Contract, *, keep: bool = False) -> nn.Module:
+def without_variance(net: nn.Module, contract: Contract, *, keep: bool = False) -> nn.Module:
     """A UNet with the half of its last layer that predicts; PixArt's pipeline cuts it itself."""
     if not contract.learned_variance or keep:
         return net
     if not isinstance(net, UNet):
-        raise _refused("this network learned a variance", "train with learned_variance: false")
+        raise refused("this network learned a variance", "train with learned_variance: false")
     channels = contract.latent_channels
     with torch.device("meta"):
         half = UNet(replace(net.config, out_channels=channels))
@@ -369,24 +310,12 @@ def _plain(vae: AutoencoderKL, pipeline: str) -> AutoencoderKL:
 
 def _state_length(folder: Path, encoder: FrozenTextEncoder) -> None:
     """Pipelines pad and cut to the length that the tokenizer states."""
-    for suffix, one in zip(SUFFIXES, _encoders(encoder), strict=False):
+    for suffix, one in zip(SUFFIXES, encoders_of(encoder), strict=False):
         path = folder / f"tokenizer{suffix}" / "tokenizer_config.json"
         if path.is_file():
             config = dict(storage.read_json(path))
             storage.write_json(path, {**config, "model_max_length": one.max_tokens})
 
 
-def _encoders(encoder: FrozenTextEncoder) -> list[HuggingFaceTextEncoder]:
-    if isinstance(encoder, JointTextEncoder):
-        return list(encoder.encoders)
-    return [] if isinstance(encoder, ClassTextEncoder) else [encoder]
-
-
 def _listed(value: Any) -> Any:
     return value if isinstance(value, (list, tuple)) else [value]
-
-
-def _refused(what: str, fix: str) -> LdmError:
-    return LdmError(
-        f"this model cannot be exported: {what}", where="export", fix=fix, code=ExitCode.CONFIG
-    )

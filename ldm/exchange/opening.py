@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from ldm import storage
 from ldm.checkpoint.contract import Contract
 from ldm.config.schema import SampleConfig
 from ldm.diffusion.process import PROCESSES
@@ -21,10 +20,12 @@ from ldm.exchange.directory import (
     load_codec_folder,
     load_denoiser_folder,
     read_index,
+    read_object,
 )
 from ldm.exchange.schedulers import Schedule
 from ldm.exchange.single_file import Parts, read_file
-from ldm.exchange.sources import identity, located
+from ldm.exchange.sources import identity, is_published, located
+from ldm.models.autoencoder import AutoencoderKL
 from ldm.models.text import (
     FrozenTextEncoder,
     HuggingFaceTextEncoder,
@@ -34,7 +35,7 @@ from ldm.models.text import (
     load_diffusers_text,
 )
 from ldm.models.text.files import load_tokenizer
-from ldm.models.text.joint import penultimate
+from ldm.models.text.joint import SUFFIXES, penultimate
 from ldm.models.text.tokens import TooLong
 from ldm.models.text.vocabulary import END
 from ldm.types import TextEmbedding
@@ -44,6 +45,14 @@ log = logging.getLogger(__name__)
 CAPTION_DROPOUT = 0.1
 """Published models do not say it; Stable Diffusion 1 was trained with 10 % (its model card)."""
 CLIP_VOCABULARY = 49_408
+SD_CHANNELS = 4
+LATENT_SCALES: dict[float, tuple[str, float | None]] = {
+    0.18215: ("SD 1 and 2", None),
+    0.13025: ("SDXL", None),
+    1.5305: ("SD 3", 0.0609),
+    0.3611: ("FLUX", 0.1159),
+}
+"""scaling_factor -> whose codec has it, and the shift_factor beside it there."""
 OPEN_CLIP_PAD = "!"
 """The token of id 0, with which open_clip pads; OpenAI's towers pad with the end of text."""
 
@@ -56,8 +65,9 @@ class Options:
         prediction: eps, v, x0 or flow; None takes what the model says.
         variant: of weight files, such as fp16.
         allow_unused: log tensors that are not understood instead of refusing the file.
-        tokenizer: directory of the tokenizer, for single files whose vocabulary is not CLIP's.
-        scaling_factor: of the latents of a lone VAE file.
+        tokenizer: directory of the tokenizer, for single files whose vocabulary is not CLIP's; one
+            with tokenizer/, tokenizer_2/ ... where the encoders have different ones.
+        scaling_factor: of the latents of a file that holds a VAE alone.
     """
 
     prediction: str | None = None
@@ -134,13 +144,60 @@ def open_published(source: Path | str, options: Options = Options()) -> Publishe
     return _open_parts(path, parts, options)
 
 
+def refuse_useless(source: Path | str, options: Options) -> None:
+    """Refuses what was given for another kind of model than `source` is: it would do nothing.
+
+    Raises:
+        LdmError: code USAGE, with the options and what they are for.
+    """
+    legal: tuple[str, ...]
+    if Path(source).is_file():
+        legal, what = ("prediction", "allow_unused", "tokenizer"), "a single file"
+    elif is_published(source):
+        legal, what = ("prediction", "variant"), "a diffusers directory"
+    else:
+        legal, what = (), "a run, whose contract says everything"
+    given = [
+        field.name for field in fields(Options) if getattr(options, field.name) != field.default
+    ]
+    if useless := [name for name in given if name not in legal]:
+        raise LdmError(
+            f"{', '.join(useless)} means nothing for {what}",
+            where=str(source),
+            fix=f"leave out {' and '.join('--' + name.replace('_', '-') for name in useless)}",
+        )
+
+
 def open_codec(source: Path | str, options: Options = Options()) -> Any:  # noqa: B008
     """The autoencoder of a published model: its directory, `vae/` in it, a file, or a lone VAE."""
     path = located(source)
     if path.is_dir():
         folder = path if (path / "config.json").is_file() else path / "vae"
         return load_codec_folder(folder, variant=options.variant)
-    return read_file(path, allow_unused=options.allow_unused).vae
+    parts = read_file(path, allow_unused=options.allow_unused)
+    if parts.net is not None:
+        return parts.vae
+    return _scaled(parts.vae, options.scaling_factor, path)
+
+
+def _scaled(vae: AutoencoderKL, scale: float | None, path: Path) -> AutoencoderKL:
+    """A codec from a file of its own, which does not say how its latents are scaled."""
+    if scale is None and vae.config.latent_channels != SD_CHANNELS:
+        known = ", ".join(f"{each:g} ({name})" for each, (name, _) in LATENT_SCALES.items())
+        raise LdmError(
+            f"a file of a VAE alone does not say how its {vae.config.latent_channels} channels are "
+            "scaled",
+            where=str(path),
+            fix=f"vae.scaling_factor=NUMBER; published ones have {known}",
+            code=ExitCode.CONFIG,
+        )
+    if scale is None:
+        log.info("%s: vae.scaling_factor is taken as that of SD 1 and 2; SDXL's is 0.13025", path)
+        return vae
+    vae.config = replace(
+        vae.config, scaling_factor=scale, shift_factor=LATENT_SCALES.get(scale, ("", None))[1]
+    )
+    return vae
 
 
 def open_denoiser(source: Path | str, options: Options = Options()) -> nn.Module:  # noqa: B008
@@ -182,14 +239,14 @@ def schedule_of(source: Path | str, options: Options = Options()) -> Schedule:  
     """What a published model was trained with, without loading its weights where it says so."""
     path = located(source)
     if path.is_dir():
-        config = storage.read_json(denoiser_folder(path) / "config.json")
+        config = read_object(denoiser_folder(path) / "config.json")
         return _schedule(path, config, options)
     return _file_schedule(path, read_file(path, allow_unused=options.allow_unused), options)
 
 
 def _open_directory(root: Path, options: Options) -> Published:
     index, folder = read_index(root), denoiser_folder(root)
-    config = storage.read_json(folder / "config.json")
+    config = read_object(folder / "config.json")
     schedule = _schedule(root, config, options)
     for note in schedule.notes:
         log.info("%s: %s", root, note)
@@ -252,9 +309,8 @@ def _assembled(
         sampling={**sampling, "shift": schedule.shift},
         text_settings=encoder.settings,
     )
-    return Published(
-        net, vae, encoder, encoder.null(), contract, pipeline, str(path), identity(path)
-    )
+    name = str(path.resolve())  # metadata of pictures keep it, to be drawn again from anywhere
+    return Published(net, vae, encoder, encoder.null(), contract, pipeline, name, identity(path))
 
 
 def latent_law(config: Any, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -266,7 +322,7 @@ def latent_law(config: Any, channels: int) -> tuple[tuple[float, ...], tuple[flo
 
 def _schedule(root: Path, config: Mapping[str, Any], options: Options) -> Schedule:
     file = root / "scheduler" / "scheduler_config.json"
-    found = dict(storage.read_json(file))
+    found = read_object(file)
     if options.prediction is not None:
         wanted = named("prediction", schedulers.PREDICTIONS, options.prediction)
         found["prediction_type"] = wanted
@@ -311,7 +367,7 @@ def _encoder(path: Path, parts: Parts, options: Options) -> FrozenTextEncoder:
             log.info("%s: T5 is left out: no tokenizer for it is in the file", path)
             continue
         pad = END if place == 0 and parts.kind.name != "sd2" else OPEN_CLIP_PAD
-        words = _tokenizer(path, config.vocab_size, options, pad)
+        words = _tokenizer(path, config.vocab_size, options, pad, place)
         encoders.append(HuggingFaceTextEncoder(tower.model, words, reading=reading))
     if not joint:
         return encoders[0]
@@ -321,9 +377,11 @@ def _encoder(path: Path, parts: Parts, options: Options) -> FrozenTextEncoder:
     return JointTextEncoder(encoders, "sd3", t5_width=width)
 
 
-def _tokenizer(path: Path, entries: int, options: Options, pad: str) -> Any:
+def _tokenizer(path: Path, entries: int, options: Options, pad: str, place: int = 0) -> Any:
     if options.tokenizer is not None:
-        return load_tokenizer(Path(options.tokenizer))
+        root = Path(options.tokenizer)
+        folder = root / f"tokenizer{SUFFIXES[place]}"
+        return load_tokenizer(folder if folder.is_dir() else root)
     if entries != CLIP_VOCABULARY:
         raise LdmError(
             f"its text encoder has {entries} tokens, and CLIP's tokenizer {CLIP_VOCABULARY}",

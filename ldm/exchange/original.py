@@ -12,6 +12,7 @@ from typing import Any
 
 from ldm.exchange.keymap import Row, below, inside, joined, layer
 from ldm.models.autoencoder_config import AutoencoderConfig
+from ldm.models.text import openclip
 from ldm.models.unet_config import UNetConfig
 
 UNET = "model.diffusion_model."
@@ -27,13 +28,6 @@ UNET_RESNET = {
 VAE_RESNET = {name: name for name in ("norm1", "conv1", "norm2", "conv2")}
 VAE_RESNET |= {"nin_shortcut": "conv_shortcut"}
 VAE_ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
-OPEN_CLIP_LAYER = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
 CLIP_LAYER = (
     *("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"),
     *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "out")),
@@ -146,7 +140,7 @@ def clip_rows(layers: int, prefix: str, wrapper: str = "") -> list[Row]:
         prefix: of the original, up to `text_model.`.
         wrapper: before our names: `text_model.` for CLIPTextModelWithProjection.
     """
-    rows = [_one(f"text_model.{name}", wrapper + name) for name in _clip_top()]
+    rows = [_one(f"text_model.{name}", wrapper + name) for name in openclip.TOP.values()]
     for index in range(layers):
         for name in CLIP_LAYER:
             ours = f"encoder.layers.{index}.{name}"
@@ -156,13 +150,11 @@ def clip_rows(layers: int, prefix: str, wrapper: str = "") -> list[Row]:
 
 def open_clip_rows(layers: int, prefix: str, wrapper: str = "") -> list[Row]:
     """A CLIP text tower of open_clip, stored under `prefix`; arguments as `clip_rows`."""
-    embedding, position, *norm = (wrapper + name for name in _clip_top())
-    rows = [_one("token_embedding.weight", embedding), _one("positional_embedding", position)]
-    rows += [_one(f"ln_final.{name.rpartition('.')[2]}", name) for name in norm]
+    rows = [_one(theirs, wrapper + ours) for theirs, ours in openclip.TOP.items()]
     rows += [Row("text_projection", ("text_projection.weight",), "transposed")]
     for index in range(layers):
         ours, theirs = f"{wrapper}encoder.layers.{index}", f"transformer.resblocks.{index}"
-        for there, here in OPEN_CLIP_LAYER.items():
+        for there, here in openclip.LAYER.items():
             rows += layer(f"{theirs}.{there}", f"{ours}.{here}")
         for part in ("weight", "bias"):
             names = tuple(f"{ours}.self_attn.{letter}_proj.{part}" for letter in "qkv")
@@ -219,15 +211,6 @@ def _transformer(theirs: str, ours: str, depth: int) -> list[Row]:
 
 def _in_form(rows: list[Row], form: str) -> list[Row]:
     return [Row(row.theirs, row.ours, form) for row in rows]
-
-
-def _clip_top() -> tuple[str, str, str, str]:
-    return (
-        "embeddings.token_embedding.weight",
-        "embeddings.position_embedding.weight",
-        "final_layer_norm.weight",
-        "final_layer_norm.bias",
-    )
 
 
 def _one(theirs: str, ours: str) -> Row:

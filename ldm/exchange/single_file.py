@@ -7,7 +7,8 @@ of no use, or reported by its name.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,19 +132,37 @@ def read_tensors(tensors: Mapping[str, Tensor], where: str, *, allow_unused: boo
         tensors = {VAE + name: value for name, value in tensors.items()}
         shapes = {VAE + name: shape for name, shape in shapes.items()}
     reader = _Reader(tensors, where)
-    vae_shape = vae_config(shapes, kind)
+    with _shaped(where):
+        vae_shape = vae_config(shapes, kind)
     vae = reader.module(lambda: AutoencoderKL(vae_shape), original.vae_rows(vae_shape))
     net = None
     if kind.name == "sd3":
-        joint = MMDiTConfig.from_diffusers(sd3_config(shapes, where))
+        with _shaped(where):
+            joint = MMDiTConfig.from_diffusers(sd3_config(shapes, where))
         net = reader.module(lambda: MMDiT(joint), original.sd3_rows(joint))
     elif kind.name != "vae":
-        shape = unet_config(shapes, kind, where)
+        with _shaped(where):
+            shape = unet_config(shapes, kind, where)
         net = reader.module(lambda: UNet(shape), original.unet_rows(shape))
-    towers = tuple(_towers(reader, shapes, kind))
+    with _shaped(where):
+        towers = tuple(_towers(reader, shapes, kind))
     unused = reader.rest(allow_unused=allow_unused)
     prediction = "v" if V_MARK in tensors else kind.prediction
     return Parts(kind, reason, prediction, ZERO_SNR_MARK in tensors, net, vae, towers, unused)
+
+
+@contextmanager
+def _shaped(where: str) -> Iterator[None]:
+    """A file without a tensor that tells the shape of its model is pruned or cut."""
+    try:
+        yield
+    except KeyError as error:
+        raise LdmError(
+            f"{error.args[0]} is missing, which tells the shape of the model",
+            where=where,
+            fix="fetch the file again; a pruned file that lacks a part cannot be used alone",
+            code=ExitCode.IO,
+        ) from error
 
 
 class _Reader:

@@ -27,7 +27,8 @@ class Merged:
 
     Args:
         identity: hash and strength of each file, as metadata keep it; None without adapters.
-        given: where they came from, as `--lora` takes it, one a line; None without adapters.
+        given: whole path and strength of each, as `--lora` takes it, one a line; None without
+            adapters.
     """
 
     identity: str | None = None
@@ -46,12 +47,13 @@ def merge_files(net: nn.Module, given: Sequence[str]) -> Merged:
         LdmError: code IO for a file that is missing, damaged or for another network; code USAGE
             for a strength that is no number.
     """
-    identities = []
+    identities, places = [], []
     for text in given:
         path, strength = located(text)
         merge_file(net, path, strength)
         identities.append(f"{storage.sha256(path)}={strength:g}")
-    return Merged("\n".join(identities), "\n".join(given)) if identities else Merged()
+        places.append(f"{path.resolve()}={strength:g}")
+    return Merged("\n".join(identities), "\n".join(places)) if identities else Merged()
 
 
 def merge_file(net: nn.Module, path: Path, strength: float = 1.0) -> None:
@@ -59,8 +61,8 @@ def merge_file(net: nn.Module, path: Path, strength: float = 1.0) -> None:
     tensors = load_tensors(path)
     try:
         with safe_open(path, "pt") as file:
-            alphas = stated_alphas(file.metadata() or {})
-    except (SafetensorError, ValueError, AttributeError) as error:
+            alphas = stated_alphas(file.metadata() or {}, str(path))
+    except (SafetensorError, ValueError, AttributeError, TypeError) as error:
         raise LdmError(
             f"its metadata cannot be read ({error})",
             where=str(path),
@@ -73,6 +75,8 @@ def merge_file(net: nn.Module, path: Path, strength: float = 1.0) -> None:
 def located(text: str) -> tuple[Path, float]:
     """The file and the strength of PATH or PATH=STRENGTH."""
     name, equals, number = text.rpartition("=")
+    if Path(text).exists():  # a name may have a "=" of its own
+        name, equals = text, ""
     path, strength = Path(name if equals else text), 1.0
     if equals:
         try:

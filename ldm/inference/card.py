@@ -17,7 +17,8 @@ import yaml
 
 from ldm import __version__, storage
 from ldm.checkpoint import Contract
-from ldm.exchange.exporting import PIXART, Exported
+from ldm.exchange.exportable import PIXART, SD3, T5_TOKENS, told_tokens
+from ldm.exchange.exporting import Exported
 from ldm.inference.images import Pictures
 
 CARD, SAMPLES, CURVES, USAGE = "README.md", "samples.png", "curves.png", "usage.py"
@@ -42,6 +43,7 @@ class Facts:
         config: the run's resolved configuration; empty for a published model.
         size: (height, width) of the usual picture.
         single: name of the single file, or None.
+        prediction, tokenizer: what its reader has to be told, or None.
     """
 
     title: str
@@ -51,6 +53,8 @@ class Facts:
     config: Mapping[str, Any]
     size: tuple[int, int]
     single: str | None = None
+    prediction: str | None = None
+    tokenizer: str | None = None
 
 
 def write_card(
@@ -102,13 +106,11 @@ def usage(contract: Contract, facts: Facts) -> str:
     cfg = max(1.0, float(sampling["cfg_scale"] or 1.0))
     height, width = facts.size
     if facts.single is not None:
-        return (
-            "# other programs, such as ComfyUI, look for it in their folder of checkpoints\n"
-            "from ldm.inference.pipeline import Pipeline\n\n"
-            f'pipe = Pipeline.from_pretrained("{facts.single}")\n'
-            f'pipe("a red circle", size=({height}, {width}))[0].save("picture.png")\n'
-        )
+        return _single_usage(facts.single, facts)
     extra = ""
+    if facts.exported is not None and facts.exported.pipeline == SD3:
+        tokens = told_tokens(contract.text_settings)
+        extra = f"    max_sequence_length={tokens},\n" if tokens != T5_TOKENS else ""
     if facts.exported is not None and facts.exported.pipeline == PIXART:
         extra = (
             f"    max_sequence_length={contract.max_tokens},\n"
@@ -127,6 +129,27 @@ def usage(contract: Contract, facts: Facts) -> str:
         "    generator=torch.Generator().manual_seed(0),\n"
         f"{extra}"
         ").images[0]\n"
+        'picture.save("picture.png")\n'
+    )
+
+
+def _single_usage(single: str, facts: Facts) -> str:
+    height, width = facts.size
+    open_values = {
+        name: value
+        for name, value in (("prediction", facts.prediction), ("tokenizer", facts.tokenizer))
+        if value is not None
+    }
+    said = ", ".join(f"{name}={json.dumps(value)}" for name, value in open_values.items())
+    more, needed = ("", "")
+    if said:
+        more = f", options=Options({said})"
+        needed = "from ldm.exchange.opening import Options\n"
+    return (
+        "# other programs, such as ComfyUI, look for it in their folder of checkpoints\n"
+        f"{needed}from ldm.inference.pipeline import Pipeline\n\n"
+        f"pipe = Pipeline.from_pretrained({json.dumps(single)}{more})\n"
+        f'picture = pipe("a red circle", size=({height}, {width}))[0]\n'
         'picture.save("picture.png")\n'
     )
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from ldm.diffusion.samplers import SAMPLERS
 from ldm.diffusion.schedule import CLEAN, Grid
 from ldm.errors import ExitCode, LdmError, missing_package
-from ldm.exchange.exporting import PIXART, Exported
+from ldm.exchange.exportable import PIXART, SD3, told_tokens
+from ldm.exchange.exporting import Exported
 from ldm.exchange.schedulers import FLOW
 from ldm.inference import guiding
 from ldm.inference.pipeline import Pipeline
@@ -96,7 +97,10 @@ def compared(
     )
     noise = initial_noise(pipeline, [request])
     said = _Calls(_denoiser(theirs))
-    pixels = _draw_theirs(theirs, exported, request, noise)
+    tokens = {SD3: told_tokens(pipeline.contract.text_settings)}
+    tokens[PIXART] = pipeline.contract.max_tokens
+    limit = tokens.get(exported.pipeline)
+    pixels = _draw_theirs(theirs, limit, request, noise)
     grid, rounding = _grid_of(theirs.scheduler, pipeline)
     told = _Calls(pipeline.net)
     mine = _draw_ours(pipeline, exported, request, noise, grid)
@@ -159,11 +163,12 @@ def _denoiser(theirs: Any) -> Any:
 
 
 @torch.no_grad()
-def _draw_theirs(theirs: Any, exported: Exported, request: Any, noise: Tensor) -> Tensor:
+def _draw_theirs(theirs: Any, tokens: int | None, request: Any, noise: Tensor) -> Tensor:
     options: dict[str, Any] = {}
-    if exported.pipeline == PIXART:
+    if type(theirs).__name__ == PIXART:
         options = {"use_resolution_binning": False, "clean_caption": False}
-        options["max_sequence_length"] = theirs.tokenizer.model_max_length
+    if tokens is not None:
+        options["max_sequence_length"] = tokens
     pictures: Tensor = theirs(
         request.prompt,
         num_inference_steps=request.steps,

@@ -82,7 +82,7 @@ def finish_of(request: Request) -> Finish:
 def _model(
     pipeline: Pipeline, prompts: Sequence[str], negative: str | None, weighting: bool
 ) -> Model:
-    null = _embedded(pipeline, [negative], weighting) if negative else pipeline.null
+    null = pipeline.null if negative is None else _embedded(pipeline, [negative], weighting)
     text = _embedded(pipeline, prompts, weighting)
     return Model(pipeline.diffusion, pipeline.network, text, null)
 

@@ -14,7 +14,7 @@ from ldm.build import load_denoiser, load_vae_directory
 from ldm.checkpoint import Contract, find_checkpoint, load_contract, load_null
 from ldm.checkpoint.contract import CONTRACT
 from ldm.errors import LdmError
-from ldm.exchange.opening import Options, open_published
+from ldm.exchange.opening import Options, open_published, refuse_useless
 from ldm.exchange.sources import is_published
 from ldm.inference.adapters import merge_file
 from ldm.models import lora
@@ -42,6 +42,7 @@ def load_model(source: Path | str, options: Options = Options()) -> Loaded:  # n
         LdmError: code IO or USAGE when there is no model at `source`, or it is damaged; code CONFIG
             for a published one that has no counterpart here.
     """
+    refuse_useless(source, options)
     if is_published(source):
         found = open_published(source, options)
         return Loaded(
@@ -65,11 +66,15 @@ def load_model(source: Path | str, options: Options = Options()) -> Loaded:  # n
         net, _ = load_denoiser(folder)
         if (adapters := folder / lora.FOLDER / lora.WEIGHTS).is_file():
             merge_file(net, adapters)
+        null = load_null(folder)
+        settings, limit = contract.text_settings, contract.max_tokens
+        encoder = restore_text_encoder(folder, settings, max_tokens=limit)
+        encoder.zero_null = not bool(null.tokens.any())  # no contract says it, the tokens do
         return Loaded(
             load_vae_directory(folder / "vae"),
-            restore_text_encoder(folder, contract.text_settings, max_tokens=contract.max_tokens),
+            encoder,
             net,
-            load_null(folder),
+            null,
             contract,
             str(folder.resolve()),
             storage.sha256(folder / storage.MANIFEST),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -15,11 +16,21 @@ import yaml
 
 from ldm import storage
 from ldm.errors import ExitCode, LdmError
-from ldm.exchange.exporting import Exported, Model, plan, write_diffusers, write_single_file
-from ldm.exchange.opening import Options
+from ldm.exchange.exportable import encoders_of
+from ldm.exchange.exporting import (
+    Exported,
+    Model,
+    plan,
+    without_variance,
+    write_diffusers,
+    write_single_file,
+)
+from ldm.exchange.opening import CLIP_VOCABULARY, Options
+from ldm.exchange.single_file import read_file
 from ldm.inference.card import USAGE, Facts, write_card
 from ldm.inference.comparison import compared
 from ldm.inference.pipeline import Pipeline
+from ldm.models.text.joint import SUFFIXES
 
 log = logging.getLogger(__name__)
 
@@ -71,18 +82,21 @@ def export(source: str, out: Path, wishes: Wishes) -> list[str]:
     prompts = tuple(wishes.prompts) or _run_prompts(run)
     pictures = pipeline(list(prompts[:PROMPTS]))
     said: list[str] = []
+    notes = list(exported.notes)
     with storage.publish(out, {"exported": source, "to": wishes.to}) as folder:
-        single = None
+        single, kind, words = None, None, False
         figures: list[str] = []
         if wishes.to == "diffusers":
             write_diffusers(folder, model)
             if wishes.verify:
                 figures = _proven(folder, pipeline, exported, prompts[0])
         else:
-            single = f"{_title(pipeline, wishes)}.safetensors"
-            write_single_file(folder / single, model, {"made_by": "ldm-toolkit"})
+            single = f"{_file_name(_title(pipeline, wishes))}.safetensors"
+            kind = write_single_file(folder / single, model, {"made_by": "ldm-toolkit"})
+            words = _own_words(folder, model)
+            notes += [OWN_WORDS] if words else []
             if wishes.verify:
-                figures = _proven_file(folder / single, model, pipeline, wishes.options)
+                figures = _proven_file(folder / single, model, pipeline)
         facts = Facts(
             _title(pipeline, wishes),
             wishes.license,
@@ -91,13 +105,16 @@ def export(source: str, out: Path, wishes: Wishes) -> list[str]:
             _run_config(pipeline),
             pipeline.trained_size,
             single,
+            # of SD 2 a file marks v alone
+            model.contract.prediction if kind and kind.prediction is None else None,
+            "tokenizers" if words else None,
         )
         write_card(folder, pipeline.contract, facts, pictures, run)
         if wishes.verify and single is None:
             _run_usage(folder)
             figures.append("the code of README.md runs")
         said += figures
-    said += [f"note: {note}" for note in exported.notes]
+    said += [f"note: {note}" for note in notes]
     return [*said, str(out)]
 
 
@@ -140,19 +157,41 @@ def _proven(folder: Path, pipeline: Pipeline, exported: Exported, prompt: str) -
     return lines
 
 
-def _proven_file(path: Path, model: Model, pipeline: Pipeline, options: Options) -> list[str]:
+OWN_WORDS = (
+    "its text encoder has a vocabulary of its own, in tokenizers/; programs that know CLIP's only "
+    "would read other prompts"
+)
+
+
+def _own_words(folder: Path, model: Model) -> bool:
+    """Writes the tokenizers beside a single file where they are not CLIP's; whether it did."""
+    clips = [one for one in encoders_of(model.encoder) if one.kind == "clip"]
+    if all(one.model.config.vocab_size == CLIP_VOCABULARY for one in clips):
+        return False
+    for encoder, suffix in zip(clips, SUFFIXES, strict=False):
+        encoder.tokenizer.save_pretrained(folder / "tokenizers" / f"tokenizer{suffix}")
+    return True
+
+
+def _proven_file(path: Path, model: Model, pipeline: Pipeline) -> list[str]:
     """Reads the file again: every tensor of the denoiser and the encoders is bit for bit the same.
 
     The codec is compared by what it decodes, since statistics of latents are folded into it.
     """
     import torch
 
-    from ldm.exchange.single_file import read_file
-
     parts = read_file(path)
     assert parts.net is not None
-    there, here = parts.net.state_dict(), model.net.state_dict()
-    differing = [name for name in there if not there[name].equal(here[name].cpu().float())]
+    pairs = [("denoiser", parts.net, without_variance(model.net, model.contract))]
+    for tower, encoder in zip(parts.towers, encoders_of(model.encoder), strict=True):
+        pairs.append((tower.name, tower.model, encoder.model))
+    there = {f"{part}.{k}": v for part, module, _ in pairs for k, v in module.state_dict().items()}
+    here = {f"{part}.{k}": v for part, _, module in pairs for k, v in module.state_dict().items()}
+    differing = [
+        name
+        for name in there
+        if name not in here or not there[name].equal(here[name].cpu().to(there[name].dtype))
+    ]
     height, width = (side // parts.vae.downsample_factor for side in pipeline.trained_size)
     latents = torch.randn(
         (1, pipeline.contract.latent_channels, height, width),
@@ -160,7 +199,7 @@ def _proven_file(path: Path, model: Model, pipeline: Pipeline, options: Options)
     )
     change = float((parts.vae.decode(latents) - pipeline.vae.decode(latents).float()).abs().max())
     lines = [
-        f"tensors of the denoiser    {len(there)}, {len(differing)} differ",
+        f"tensors of the networks    {len(there)}, {len(differing)} differ",
         f"largest difference, pixels {change:.1e}   (pixels from -1 to 1)",
     ]
     if differing or change > 1e-4:
@@ -215,4 +254,12 @@ def _run_config(pipeline: Pipeline) -> dict[str, Any]:
 
 def _title(pipeline: Pipeline, wishes: Wishes) -> str:
     run = _run_of(pipeline)
-    return wishes.title or (run.name if run else Path(pipeline.name).stem)
+    if wishes.title or run:
+        return wishes.title or (run.name if run else "")
+    place = Path(pipeline.name)
+    return place.name if place.is_dir() else place.name.split(".safetensors")[0]
+
+
+def _file_name(title: str) -> str:
+    """A title as the name of a file."""
+    return re.sub(r'[\x00-\x1f/\\:*?"<>|]+', "-", title).strip(". ") or "model"

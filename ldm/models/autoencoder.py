@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldm.errors import LdmError
+from ldm.errors import ExitCode, LdmError
 from ldm.models.attention import attend
 from ldm.models.autoencoder_config import AutoencoderConfig
 from ldm.models.layers import Downsample, ResnetBlock, Upsample
@@ -59,9 +59,10 @@ class AutoencoderKL(nn.Module):
         """Posterior mean and log-variance: (B, 3, H, W) in [-1, 1] -> (B, 2C, h, w), float32 up.
 
         Raises:
-            LdmError: H or W is not a multiple of `downsample_factor`.
+            LdmError: pictures of other channels, or H or W is not a multiple of
+                `downsample_factor`.
         """
-        check_size(pixels.shape[2], pixels.shape[3], self.downsample_factor)
+        check_pixels(pixels, self.config.in_channels, self.downsample_factor)
         h = self.encoder(pixels)
         return clamped(h if self.quant_conv is None else self.quant_conv(h))
 
@@ -125,12 +126,20 @@ def kl_divergence(moments: Tensor) -> Tensor:
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(dim=1)
 
 
-def check_size(height: int, width: int, factor: int) -> None:
-    """Refuses a picture size that is not a multiple of `factor` on both sides.
+def check_pixels(pixels: Tensor, channels: int, factor: int) -> None:
+    """Refuses pictures (B, C, H, W) of other channels, or of sides that `factor` does not divide.
 
     Raises:
         LdmError: with the nearest legal sizes.
     """
+    _, found, height, width = pixels.shape
+    if found != channels:
+        raise LdmError(
+            f"pictures have {found} channels, this autoencoder reads {channels}",
+            where="vae",
+            fix="use an autoencoder of RGB pictures",
+            code=ExitCode.CONFIG,
+        )
     if height % factor == 0 and width % factor == 0 and height and width:
         return
     below = [side // factor * factor for side in (height, width)]

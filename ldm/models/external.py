@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldm.errors import ExitCode, LdmError, missing_package
-from ldm.models.autoencoder import check_size, kl_divergence, shift_and_scale
+from ldm.models.autoencoder import check_pixels, kl_divergence, shift_and_scale
 from ldm.models.external_calls import AUTOENCODERS, DENOISERS, ExternalConfig, given
 from ldm.types import TextEmbedding
 
@@ -92,7 +92,7 @@ class ExternalCodec(nn.Module):
 
     def moments(self, pixels: Tensor) -> Tensor:
         """Posterior mean and log-variance: (B, 3, H, W) in [-1, 1] -> (B, 2C, h, w), float32 up."""
-        check_size(pixels.shape[2], pixels.shape[3], self.downsample_factor)
+        check_pixels(pixels, self.module.config.in_channels, self.downsample_factor)
         moments = AUTOENCODERS[self.config.class_name].encode(self.module, pixels)
         return moments.to(torch.promote_types(moments.dtype, torch.float32))
 
@@ -190,7 +190,7 @@ def _check_class(name: str, table: Mapping[str, object], kind: str) -> None:
         raise LdmError(
             f"the {kind} class {name!r} of diffusers is not known here; known: {', '.join(table)}",
             where="_class_name",
-            fix=f"add how it is called to ldm/models/external.py, or use a known {kind}",
+            fix=f"add how it is called to ldm/models/external_calls.py, or use a known {kind}",
             code=ExitCode.CONFIG,
         )
 

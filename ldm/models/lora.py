@@ -7,6 +7,7 @@ kept in the form that diffusers loads, and merging it into a network needs no pe
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -119,7 +120,8 @@ def from_tensors(
         tensors: of a safetensors file.
         net: the network that they are for.
         where: the file, for messages.
-        alphas: alpha per layer name where a file keeps them in its metadata; "" is all others.
+        alphas: alpha per layer where a file keeps them in its metadata, by peft's patterns for the
+            ends of names; "" is all others.
 
     Raises:
         LdmError: code IO for tensors that fit no layer of `net`, by name: nothing is left out
@@ -146,8 +148,7 @@ def from_tensors(
         if name in strangers:
             continue
         rank = part["down"].shape[0]
-        stated = (alphas or {}).get(name, (alphas or {}).get("", rank))
-        alpha = float(part["alpha"]) if "alpha" in part else stated
+        alpha = float(part["alpha"]) if "alpha" in part else _stated(alphas or {}, name, rank)
         adapters[name] = Adapter(part["down"], part["up"], alpha / rank)
         if adapters[name].delta().shape != layers[name].get_parameter("weight").shape:
             strangers.append(name)
@@ -185,16 +186,35 @@ def _targets(net: nn.Module, targets: str) -> list[str]:
     return chosen
 
 
-def stated_alphas(metadata: Mapping[str, str]) -> dict[str, float]:
-    """The alphas that diffusers writes into a file's metadata, for `from_tensors`."""
+def stated_alphas(metadata: Mapping[str, str], where: str) -> dict[str, float]:
+    """The alphas that diffusers writes into a file's metadata, for `from_tensors`.
+
+    Raises:
+        LdmError: code IO for a form of adapter that is scaled or built otherwise.
+    """
     facts = json.loads(metadata.get(METADATA, "{}"))
     alphas: dict[str, float] = {}
     for name, value in facts.items():
+        if value and name.rpartition(".")[2] in OTHER_FORMS:
+            raise LdmError(
+                f"adapters with {name}={value} are not read: their product is another one",
+                where=where,
+                fix="use plain low-rank adapters, or merge these in the program that made them",
+                code=ExitCode.IO,
+            )
         if name.endswith("lora_alpha"):
             alphas[""] = float(value)
         elif name.endswith("alpha_pattern"):
             alphas |= {layer: float(alpha) for layer, alpha in (value or {}).items()}
     return alphas
+
+
+def _stated(alphas: Mapping[str, float], name: str, rank: int) -> float:
+    """The alpha of a layer; its keys are patterns for the end of a name, as peft reads them."""
+    for pattern, alpha in alphas.items():
+        if pattern and re.match(rf"(.*\.)?({pattern})$", name):
+            return alpha
+    return alphas.get("", float(rank))
 
 
 def _split(key: str) -> tuple[str, str | None]:
@@ -226,5 +246,8 @@ ENDINGS = {
 
 METADATA = "lora_adapter_metadata"
 """Where diffusers keeps the alphas of a file: a JSON object in its safetensors metadata."""
+
+OTHER_FORMS = ("use_rslora", "use_dora", "lora_bias")
+"""What peft calls adapters that scale by the root of the rank, or have more than two matrices."""
 
 PREFIXES: Sequence[str] = ("unet.", "transformer.", "lora_unet_", "lora_transformer_")

@@ -23,7 +23,7 @@ from ldm.models.autoencoder import (
     Decoder,
     Encoder,
     PixelAttention,
-    check_size,
+    check_pixels,
     clamped,
 )
 from ldm.models.layers import Downsample, ResnetBlock, Upsample
@@ -68,7 +68,7 @@ def encode(vae: Codec, pixels: Tensor, strip_px: int | None = None) -> Tensor:
 
     def in_strips(part: Tensor, rows: int) -> Tensor:
         assert isinstance(vae, AutoencoderKL)
-        check_size(part.shape[2], part.shape[3], vae.downsample_factor)
+        check_pixels(part, vae.config.in_channels, vae.downsample_factor)
         h, conv = _run(vae.encoder, part, rows), vae.quant_conv
         return clamped(h if conv is None else _convolve(h, conv, rows))
 

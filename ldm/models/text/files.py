@@ -104,6 +104,13 @@ def load_tokenizer(directory: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if not _has_tokenizer(directory):
+        raise LdmError(
+            f"holds no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there",
+            where=str(directory),
+            fix="fetch the model again with its tokenizer, or check the path",
+            code=ExitCode.IO,
+        )
     with quiet(), _readable(directory):
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
