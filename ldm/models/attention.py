@@ -27,11 +27,9 @@ SHORT = 256
 """Up to this many keys, attention on a CPU is written out in products: torch's fused kernel takes
 1.3 to 8 times as long there (Zen 5, torch 2.13), and longer still in its backward pass."""
 
-
 WIDE_HEAD, MOST_LOGITS = 128, 2**24
 """Heads of this width (an autoencoder's) are written out in bf16 at any length, as long as their
 logits take no more memory than this: 1.6 to 2.8 times as fast."""
-
 
 PART = 2**20
 """Logits that are computed at a time in inference."""

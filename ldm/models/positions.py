@@ -117,10 +117,7 @@ def _sincos(
         angles = (places / interpolation)[:, None] * _rates(width // 4, device)
         return torch.cat([angles.sin(), angles.cos()], dim=1)  # (length, D / 2)
 
-    halves = [
-        axis(rows)[:, None].expand(-1, columns, -1),
-        axis(columns)[None].expand(rows, -1, -1),
-    ]
+    halves = _on_grid(axis(rows), axis(columns))
     table = torch.cat(halves[::-1] if column_first else halves, dim=-1)
     return table.reshape(rows * columns, width).float()
 
@@ -145,14 +142,15 @@ def _rotary(
             rates = rates / (stretch if scaling == "interpolate" else stretch**slowed)
         return places[:, None] * rates  # (length, d / 4)
 
-    turns = torch.cat(
-        [
-            axis(rows)[:, None].expand(-1, columns, -1),
-            axis(columns)[None].expand(rows, -1, -1),
-        ],
-        dim=-1,
-    ).reshape(rows * columns, 2 * pairs)
+    turns = torch.cat(_on_grid(axis(rows), axis(columns)), dim=-1)
+    turns = turns.reshape(rows * columns, 2 * pairs)
     return turns.cos().float(), turns.sin().float()
+
+
+def _on_grid(of_rows: Tensor, of_columns: Tensor) -> tuple[Tensor, Tensor]:
+    """(rows, D) and (columns, D) as two grids (rows, columns, D)."""
+    rows, columns = len(of_rows), len(of_columns)
+    return of_rows[:, None].expand(-1, columns, -1), of_columns[None].expand(rows, -1, -1)
 
 
 def _rates(count: int, device: torch.device) -> Tensor:
