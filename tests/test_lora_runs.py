@@ -8,6 +8,7 @@ from torch.testing import assert_close
 from ldm import Pipeline
 from ldm.checkpoint import load_tensors
 from ldm.checkpoint.runs import find_checkpoint
+from ldm.config.schema import OptimConfig
 from ldm.errors import LdmError
 from ldm.inference.images import read_request
 from ldm.models.lora import FOLDER, WEIGHTS
@@ -15,6 +16,7 @@ from ldm.training.diffusion import train_diffusion
 from tests import published
 from tests.test_exchange_import import OBJECTIVE, PARTS, pretrained
 
+SLOW = OptimConfig(learning_rate=1e-9)
 DRAWN = {"steps": 2, "size": published.SIDE}
 
 
@@ -44,6 +46,14 @@ def test_the_run_draws_with_what_it_trained(models, run):
         changed = not torch.equal(value, trained.net.state_dict()[name])
         assert changed == (".attn" in name and name.endswith("weight")), name
     assert len(trained("a red circle", cfg_scale=2.0, **DRAWN)) == 1
+
+
+def test_training_that_begins_with_such_a_run_begins_with_its_adapters(models, run, tmp_path):
+    config = experiment(models, tmp_path / "on", "sd1", f"model.path={run}", "lora=null")
+    train_diffusion(config.model_copy(update={"optim": SLOW}))
+    began, trained = Pipeline.from_pretrained(run), Pipeline.from_pretrained(tmp_path / "on")
+    for name, value in began.net.state_dict().items():  # two steps of size 1e-9
+        assert_close(trained.net.state_dict()[name], value, rtol=0, atol=1e-6)
 
 
 def test_a_checkpoint_holds_the_adapters_and_links_the_network(run):

@@ -13,6 +13,7 @@ from ldm.checkpoint import Contract, find_checkpoint, load_contract
 from ldm.config.models import PretrainedConfig
 from ldm.config.schema import DiffusionConfig
 from ldm.errors import ExitCode, LdmError
+from ldm.exchange.adapters import merge_trained
 from ldm.exchange.directory import denoiser_folder, load_denoiser_folder
 from ldm.exchange.opening import Options, open_denoiser, schedule_of
 from ldm.exchange.schedulers import Schedule
@@ -50,6 +51,7 @@ def initial_denoiser(
         folder = find_checkpoint(Path(config.path))
         with storage.hold(folder):
             net = load_denoiser_folder(denoiser_folder(folder))
+            merge_trained(net, folder)
     shape: Any = net.config
     faults = []
     if (found := getattr(shape, "in_channels", channels)) != channels:

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ldm import storage
-from ldm.checkpoint import load_tensors
 from ldm.errors import ExitCode, LdmError
-from ldm.models.lora import WEIGHTS, from_tensors, merge, stated_alphas
+from ldm.exchange.adapters import merge_file
+from ldm.models.lora import WEIGHTS
 
 if TYPE_CHECKING:
     from ldm.inference.images import Request
@@ -54,22 +53,6 @@ def merge_files(net: nn.Module, given: Sequence[str]) -> Merged:
         identities.append(f"{storage.sha256(path)}={strength:g}")
         places.append(f"{path.resolve()}={strength:g}")
     return Merged("\n".join(identities), "\n".join(places)) if identities else Merged()
-
-
-def merge_file(net: nn.Module, path: Path, strength: float = 1.0) -> None:
-    """Merges the adapters in one safetensors file into `net`; raises as `merge_files`."""
-    tensors = load_tensors(path)
-    try:
-        with safe_open(path, "pt") as file:
-            alphas = stated_alphas(file.metadata() or {}, str(path))
-    except (SafetensorError, ValueError, AttributeError, TypeError) as error:
-        raise LdmError(
-            f"its metadata cannot be read ({error})",
-            where=str(path),
-            fix="write or fetch the adapters again",
-            code=ExitCode.IO,
-        ) from None
-    merge(net, from_tensors(tensors, net, str(path), alphas), strength)
 
 
 def located(text: str) -> tuple[Path, float]:

@@ -14,10 +14,9 @@ from ldm.build import load_denoiser, load_vae_directory
 from ldm.checkpoint import Contract, find_checkpoint, load_contract, load_null
 from ldm.checkpoint.contract import CONTRACT
 from ldm.errors import LdmError
+from ldm.exchange.adapters import merge_trained
 from ldm.exchange.opening import Options, open_published, refuse_useless
 from ldm.exchange.sources import is_published
-from ldm.inference.adapters import merge_file
-from ldm.models import lora
 from ldm.models.text import FrozenTextEncoder, restore_text_encoder
 from ldm.types import TextEmbedding
 
@@ -64,8 +63,7 @@ def load_model(source: Path | str, options: Options = Options()) -> Loaded:  # n
     with storage.hold(folder):  # a run that trains on does not delete it meanwhile
         contract = load_contract(folder)
         net, _ = load_denoiser(folder)
-        if (adapters := folder / lora.FOLDER / lora.WEIGHTS).is_file():
-            merge_file(net, adapters)
+        merge_trained(net, folder)
         null = load_null(folder)
         settings, limit = contract.text_settings, contract.max_tokens
         encoder = restore_text_encoder(folder, settings, max_tokens=limit)
